@@ -1,0 +1,334 @@
+-- The sweep: judge once, rescue in batches, commit each batch with its counts, then purge. sweep() is what pg_cron
+-- runs; retry_stalled_jobs() does the same in the caller's transaction.
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._can_sweep(
+    batch_size integer
+)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF batch_size IS NULL OR batch_size <= 0 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'batch_size must be a positive number of jobs',
+            DETAIL = format('It is %s.', coalesce(batch_size::text, 'NULL')),
+            HINT = 'Nothing was changed. CALL procrastinate_stalled.sweep(); takes 1000 at a time.';
+    END IF;
+    IF pg_is_in_recovery() THEN
+        RAISE NOTICE USING
+            MESSAGE = 'procrastinate_stalled: nothing was swept, because this server is a standby',
+            HINT = 'Sweep on the primary. After a promotion the sweeps of pg_cron begin here by themselves.';
+        RETURN false;
+    END IF;
+    RETURN true;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._can_sweep(integer) IS
+    'Whether sweep() can start: false, with a notice, on a standby. Raises invalid_parameter_value unless batch_size is above 0.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
+    queue text,
+    task_name text
+)
+    RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+#variable_conflict use_column
+DECLARE
+    sweep_id bigint;
+BEGIN
+    PERFORM procrastinate_stalled._note_orphans();
+    INSERT INTO procrastinate_stalled.sweeps (doing)
+        SELECT count(*)
+            FROM procrastinate_stalled._doing_jobs(NULL)
+            WHERE (_begin_sweep.queue IS NULL OR queue_name = _begin_sweep.queue)
+                AND (_begin_sweep.task_name IS NULL OR task_name = _begin_sweep.task_name)
+        RETURNING id
+        INTO sweep_id;
+    RETURN sweep_id;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._begin_sweep(text, text) IS
+    'Notes orphans and opens the row of a sweep. Returns its id.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._batches(
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL,
+    seconds_since_heartbeat interval DEFAULT NULL,
+    nb_seconds interval DEFAULT NULL,
+    batch_size integer DEFAULT 1000,
+    max_jobs integer DEFAULT NULL
+)
+    RETURNS TABLE (job_ids bigint[])
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+BEGIN
+    RETURN QUERY
+    WITH to_rescue AS (
+        SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
+            FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
+            WHERE judged.action IN ('retry', 'fail', 'abort')
+            ORDER BY judged.id
+            LIMIT max_jobs
+    )
+    SELECT array_agg(id ORDER BY id)
+        FROM to_rescue
+        GROUP BY (number - 1) / batch_size
+        ORDER BY min(id);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._batches(text, text, interval, interval, integer, integer) IS
+    'The ids of the stalled jobs that a sweep can rescue now, in batches, in id order.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
+    sweep_id bigint,
+    queue text,
+    task_name text,
+    seconds_since_heartbeat interval,
+    nb_seconds interval,
+    job_ids bigint[],
+    OUT rescued procrastinate_stalled.rescues[],
+    OUT one_by_one boolean
+)
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+#variable_conflict use_column
+BEGIN
+    one_by_one := false;
+    BEGIN
+        rescued := ARRAY(
+            SELECT rescue
+                FROM procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids) AS rescue
+        );
+    EXCEPTION WHEN OTHERS THEN
+        IF cardinality(job_ids) > 1 THEN
+            one_by_one := true;
+            RETURN;
+        END IF;
+        -- The two that a deferred job with the same queueing lock causes are no errors: the job has lost its turn.
+        IF SQLSTATE NOT IN ('23505', '55P03') THEN
+            UPDATE procrastinate_stalled.sweeps
+                SET error = coalesce(error, format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE))
+                WHERE id = sweep_id;
+        END IF;
+        RETURN;
+    END;
+
+    UPDATE procrastinate_stalled.sweeps
+        SET retried = retried + (SELECT count(*) FROM unnest(rescued) WHERE action = 'retried'),
+            failed = failed + (SELECT count(*) FROM unnest(rescued) WHERE action = 'failed'),
+            aborted = aborted + (SELECT count(*) FROM unnest(rescued) WHERE action = 'aborted')
+        WHERE id = sweep_id;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job: one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
+    sweep_id bigint,
+    queue text,
+    task_name text,
+    seconds_since_heartbeat interval,
+    nb_seconds interval
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+#variable_conflict use_column
+BEGIN
+    DELETE FROM procrastinate_stalled.rescues
+        WHERE id IN (
+            SELECT rescue.id
+                FROM procrastinate_stalled.rescues AS rescue
+                WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
+                    AND NOT EXISTS (
+                        -- A job that can run again, and so can stall again.
+                        SELECT
+                            FROM procrastinate_jobs AS job
+                            WHERE job.id = rescue.job_id AND job.status IN ('todo', 'doing', 'failed')
+                    )
+                ORDER BY rescue.rescued_at
+                LIMIT 1000
+                FOR UPDATE OF rescue SKIP LOCKED
+        );
+    DELETE FROM procrastinate_stalled.sweeps
+        WHERE id IN (
+            SELECT sweep.id
+                FROM procrastinate_stalled.sweeps AS sweep
+                WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                ORDER BY sweep.started_at
+                LIMIT 1000
+                FOR UPDATE OF sweep SKIP LOCKED
+        );
+    UPDATE procrastinate_stalled.sweeps
+        SET waiting = (
+                SELECT count(*)
+                    FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
+                    WHERE action <> 'ignore'
+            ),
+            duration = clock_timestamp() - started_at
+        WHERE id = sweep_id;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval) IS
+    'Purges up to 1000 outdated rows each of rescues and sweeps, and closes the row of the sweep.';
+
+
+CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
+    batch_size integer DEFAULT 1000
+)
+    LANGUAGE plpgsql
+AS $$
+-- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified name.
+DECLARE
+    sweep_id bigint;
+    batch record;
+    result record;
+    job_id bigint;
+BEGIN
+    IF NOT procrastinate_stalled._can_sweep(batch_size) THEN
+        RETURN;
+    END IF;
+
+    sweep_id := procrastinate_stalled._begin_sweep(NULL, NULL);
+    FOR batch IN
+        SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
+    LOOP
+        SELECT * INTO result FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch.job_ids);
+        COMMIT;
+        IF result.one_by_one THEN
+            FOREACH job_id IN ARRAY batch.job_ids LOOP
+                PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
+                COMMIT;
+            END LOOP;
+        END IF;
+    END LOOP;
+    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL);
+    COMMIT;
+END;
+$$;
+
+COMMENT ON PROCEDURE procrastinate_stalled.sweep(integer) IS
+$$One sweep by the rules: finds the stalled jobs, rescues them in batches, commits each batch, then purges outdated rows
+and closes its row in sweeps. It is what pg_cron runs. Two sweeps at once are harmless.
+
+Argument:
+  batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
+It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
+On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
+a transaction block). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL,
+    seconds_since_heartbeat double precision DEFAULT NULL,
+    nb_seconds double precision DEFAULT NULL,
+    max_jobs integer DEFAULT NULL,
+    dry_run boolean DEFAULT false
+)
+    RETURNS SETOF procrastinate_stalled.rescues
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+#variable_conflict use_column
+DECLARE
+    silence CONSTANT interval := procrastinate_stalled._seconds('seconds_since_heartbeat', seconds_since_heartbeat);
+    run_time CONSTANT interval := procrastinate_stalled._seconds('nb_seconds', nb_seconds);
+    sweep_id bigint;
+    batch bigint[];
+    result record;
+    single bigint;
+BEGIN
+    IF max_jobs <= 0 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'max_jobs must be a positive number of jobs',
+            DETAIL = format('It is %s.', max_jobs),
+            HINT = 'Nothing was changed. Leave it out to take all.';
+    END IF;
+
+    IF coalesce(dry_run, true) THEN
+        RETURN QUERY
+            SELECT NULL::bigint,
+                   now(),
+                   id,
+                   queue_name,
+                   task_name,
+                   CASE action WHEN 'retry' THEN 'retried' WHEN 'abort' THEN 'aborted' ELSE 'failed' END,
+                   reason,
+                   detail,
+                   rule_name,
+                   worker_id,
+                   last_heartbeat,
+                   started_at,
+                   attempts,
+                   retry_at,
+                   current_user || coalesce(' (' || nullif(current_setting('application_name'), '') || ')', '')
+                FROM procrastinate_stalled._judge(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time)
+                WHERE action IN ('retry', 'fail', 'abort')
+                ORDER BY id
+                LIMIT max_jobs;
+        RETURN;
+    END IF;
+
+    sweep_id := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name);
+    FOR batch IN
+        SELECT job_ids
+            FROM procrastinate_stalled._batches(
+                retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, max_jobs => retry_stalled_jobs.max_jobs
+            )
+    LOOP
+        result := procrastinate_stalled._rescue_batch(
+            sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
+        );
+        RETURN QUERY SELECT * FROM unnest(result.rescued);
+        IF result.one_by_one THEN
+            FOREACH single IN ARRAY batch LOOP
+                result := procrastinate_stalled._rescue_batch(
+                    sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
+                );
+                RETURN QUERY SELECT * FROM unnest(result.rescued);
+            END LOOP;
+        END IF;
+    END LOOP;
+    PERFORM procrastinate_stalled._end_sweep(sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.retry_stalled_jobs(text, text, double precision, double precision, integer, boolean) IS
+$$One sweep over the jobs that get_stalled_jobs() returns for the same arguments, in the caller's transaction: until that
+ends, the rescued jobs stay locked and their workers are not woken, so commit soon.
+
+Arguments, all optional:
+  queue                    only jobs of this queue
+  task_name                only jobs of this task (equal, not a pattern)
+  seconds_since_heartbeat  instead of the rules' timeouts: jobs whose worker has been silent for longer, and orphans
+  nb_seconds               instead of all that: jobs that started longer ago, whatever their worker says
+  max_jobs                 at most so many, lowest id first
+  dry_run                  write nothing, return what would be done (id NULL)
+Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
+that no rule matches, is not touched.
+Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
+or max_jobs is not positive.$$;
