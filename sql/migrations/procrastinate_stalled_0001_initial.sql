@@ -549,7 +549,8 @@ BEGIN
            priority,
            lock,
            queueing_lock,
-           args,
+           -- Who names the jobs keeps the rows in memory, does not need the args, and each may have megabytes of them.
+           CASE WHEN _judge.job_ids IS NULL THEN args END,
            status,
            scheduled_at,
            attempts,
@@ -585,7 +586,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._judge(text, text, interval, interval, bigint[]) IS
-    'The judgement of the jobs in doing: those that are stalled, why, and what a sweep would do with each. Without intervals by the rules; with one, the rows of JobManager.get_stalled_jobs, of which the rules still choose the action.';
+    'The judgement of the jobs in doing: those that are stalled, why, and what a sweep would do with each. Without intervals by the rules; with one, the rows of JobManager.get_stalled_jobs, of which the rules still choose the action. With job_ids only those of them, without their args.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.get_stalled_jobs(
