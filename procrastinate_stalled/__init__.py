@@ -1,0 +1,54 @@
+"""Find the stalled jobs of Procrastinate and put them back, inside PostgreSQL.
+
+The work is done by SQL functions in the schema ``procrastinate_stalled``. This package installs
+them (`install`, `uninstall`), calls them (`Stalled`, `AsyncStalled`) and runs them from a
+Procrastinate worker where there is no pg_cron (`add_periodic_sweep`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from procrastinate_stalled.client import Stalled
+    from procrastinate_stalled.client_async import AsyncStalled
+    from procrastinate_stalled.installation import install, migrations_sql, uninstall
+    from procrastinate_stalled.periodic import add_periodic_sweep
+    from procrastinate_stalled.rows import Rescue, StalledJob, Status
+
+    __version__: str
+
+__all__ = [
+    "AsyncStalled",
+    "Rescue",
+    "Stalled",
+    "StalledJob",
+    "Status",
+    "add_periodic_sweep",
+    "install",
+    "migrations_sql",
+    "uninstall",
+]
+
+_MODULES = {
+    "AsyncStalled": "client_async",
+    "Rescue": "rows",
+    "Stalled": "client",
+    "StalledJob": "rows",
+    "Status": "rows",
+    "add_periodic_sweep": "periodic",
+    "install": "installation",
+    "migrations_sql": "installation",
+    "uninstall": "installation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: a worker that only adds the periodic sweep loads no yoyo, and --help
+    # no psycopg.
+    if name == "__version__":
+        return import_module("importlib.metadata").version("procrastinate-stalled")
+    if name in _MODULES:
+        return getattr(import_module(f"procrastinate_stalled.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,298 @@
+"""The SQL functions as methods, for asynchronous connections.
+
+This file is the one definition: ``scripts/generate_sync_client.py`` makes ``client.py`` from it.
+"""
+
+from dataclasses import fields
+from datetime import datetime
+from typing import Any, LiteralString, TypeVar
+
+from psycopg import AsyncConnection, AsyncCursor
+from psycopg.rows import class_row, tuple_row
+from psycopg.sql import SQL, Identifier
+
+from procrastinate_stalled.rows import Rescue, StalledJob, Status
+
+Row = TypeVar("Row", StalledJob, Rescue, Status)
+
+
+class AsyncStalled:
+    """The functions of the schema ``procrastinate_stalled``, called through a connection of yours.
+
+    Every method is one call of the SQL function of the same name, with the same arguments. All but
+    `sweep` take part in the transaction of the connection, and neither commit nor roll back. Errors
+    of psycopg pass through unchanged.
+
+    Parameters
+    ----------
+    connection :
+        An open connection of psycopg, with any ``row_factory``. It stays yours to commit and to
+        close.
+    """
+
+    def __init__(self, connection: AsyncConnection[Any]) -> None:
+        self.connection = connection
+
+    async def get_stalled_jobs(
+        self,
+        *,
+        queue: str | None = None,
+        task_name: str | None = None,
+        seconds_since_heartbeat: float | None = None,
+        nb_seconds: float | None = None,
+    ) -> list[StalledJob]:
+        """Return the stalled jobs, with the evidence and what a sweep would do. Writes nothing.
+
+        Without seconds these are the jobs that the rules call stalled now; with seconds, exactly
+        the jobs of Procrastinate's ``JobManager.get_stalled_jobs`` with the same argument.
+
+        Parameters
+        ----------
+        queue :
+            Only jobs of this queue.
+        task_name :
+            Only jobs of this task.
+        seconds_since_heartbeat :
+            Instead of the rules' timeouts: jobs whose worker has been silent for more seconds, and
+            orphans.
+        nb_seconds :
+            Instead of all that: jobs that started more seconds ago, whatever their worker says.
+
+        Returns
+        -------
+        :
+            One row per job, by id.
+
+        Raises
+        ------
+        psycopg.errors.InvalidParameterValue
+            The seconds are zero, negative, NaN or above 100 years.
+        """
+        return await self._fetch(
+            StalledJob,
+            """
+            procrastinate_stalled.get_stalled_jobs(
+                queue => %(queue)s,
+                task_name => %(task_name)s,
+                seconds_since_heartbeat => %(seconds_since_heartbeat)s::double precision,
+                nb_seconds => %(nb_seconds)s::double precision
+            )
+            """,
+            queue=queue,
+            task_name=task_name,
+            seconds_since_heartbeat=seconds_since_heartbeat,
+            nb_seconds=nb_seconds,
+        )
+
+    async def retry_stalled_jobs(
+        self,
+        *,
+        queue: str | None = None,
+        task_name: str | None = None,
+        seconds_since_heartbeat: float | None = None,
+        nb_seconds: float | None = None,
+        max_jobs: int | None = None,
+        dry_run: bool = False,
+    ) -> list[Rescue]:
+        """Rescue the stalled jobs in the transaction of the connection: one sweep over what `get_stalled_jobs` returns.
+
+        The rules choose what is done to each job. Commit soon: until then a rescued job blocks
+        whoever defers another one with its queueing lock.
+
+        Parameters
+        ----------
+        queue :
+            As for `get_stalled_jobs`.
+        task_name :
+            As for `get_stalled_jobs`.
+        seconds_since_heartbeat :
+            As for `get_stalled_jobs`.
+        nb_seconds :
+            As for `get_stalled_jobs`.
+        max_jobs :
+            Rescue at most so many jobs. None: all.
+        dry_run :
+            Write nothing, and return what would be done.
+
+        Returns
+        -------
+        :
+            One row per rescued job.
+
+        Raises
+        ------
+        psycopg.errors.InvalidParameterValue
+            The seconds are zero, negative, NaN or above 100 years, or ``max_jobs`` is not positive.
+        """
+        return await self._fetch(
+            Rescue,
+            """
+            procrastinate_stalled.retry_stalled_jobs(
+                queue => %(queue)s,
+                task_name => %(task_name)s,
+                seconds_since_heartbeat => %(seconds_since_heartbeat)s::double precision,
+                nb_seconds => %(nb_seconds)s::double precision,
+                max_jobs => %(max_jobs)s::integer,
+                dry_run => %(dry_run)s
+            )
+            """,
+            queue=queue,
+            task_name=task_name,
+            seconds_since_heartbeat=seconds_since_heartbeat,
+            nb_seconds=nb_seconds,
+            max_jobs=max_jobs,
+            dry_run=dry_run,
+        )
+
+    async def retry_job(
+        self,
+        job_id: int,
+        *,
+        retry_at: datetime | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        lock: str | None = None,
+    ) -> Rescue:
+        """Retry one job in ``doing``, whatever the rules and its worker say: an operator's decision.
+
+        Parameters
+        ----------
+        job_id :
+            The job.
+        retry_at :
+            When the retry may start. None: at once.
+        priority :
+            New priority. None: unchanged.
+        queue :
+            New queue. None: unchanged.
+        lock :
+            New lock. None: unchanged.
+
+        Returns
+        -------
+        :
+            The new row of ``rescues``.
+
+        Raises
+        ------
+        psycopg.errors.NoDataFound
+            There is no such job.
+        psycopg.errors.ObjectNotInPrerequisiteState
+            The job is not in ``doing``.
+        psycopg.errors.UniqueViolation
+            Another job waits with its queueing lock.
+        psycopg.errors.LockNotAvailable
+            Another session has locked it.
+        psycopg.errors.InvalidParameterValue
+            An argument makes no sense.
+        """
+        rescues = await self._fetch(
+            Rescue,
+            """
+            procrastinate_stalled.retry_job(
+                job_id => %(job_id)s::bigint,
+                retry_at => %(retry_at)s::timestamptz,
+                priority => %(priority)s::integer,
+                queue => %(queue)s,
+                lock => %(lock)s
+            )
+            """,
+            job_id=job_id,
+            retry_at=retry_at,
+            priority=priority,
+            queue=queue,
+            lock=lock,
+        )
+        return rescues[0]
+
+    async def sweep(self, *, batch_size: int = 1000) -> None:
+        """Find and rescue all stalled jobs, in batches of which each is committed: what pg_cron runs.
+
+        The procedure commits, so the connection must be in autocommit mode and outside of a
+        transaction. What was done stands in the tables ``rescues`` and ``sweeps``.
+
+        Parameters
+        ----------
+        batch_size :
+            How many jobs are rescued between two commits.
+
+        Raises
+        ------
+        psycopg.errors.InvalidTransactionTermination
+            The connection is not in autocommit mode, or a transaction is open.
+        psycopg.errors.InvalidParameterValue
+            ``batch_size`` is not positive.
+        """
+        async with AsyncCursor(self.connection) as cursor:
+            await cursor.execute(
+                "CALL procrastinate_stalled.sweep(batch_size => %(batch_size)s::integer)",
+                {"batch_size": batch_size},
+            )
+
+    async def schedule(self, *, schedule: str = "* * * * *") -> int:
+        """Let pg_cron run the sweep. Called again, it changes the schedule and re-activates the job.
+
+        Parameters
+        ----------
+        schedule :
+            In the syntax of cron, or ``30 seconds`` with pg_cron 1.5 or later.
+
+        Returns
+        -------
+        :
+            The id of the pg_cron job.
+
+        Raises
+        ------
+        psycopg.errors.ObjectNotInPrerequisiteState
+            There is no pg_cron in this database; the hint says what to do.
+        psycopg.errors.InvalidParameterValue
+            pg_cron does not understand the schedule.
+        psycopg.errors.InsufficientPrivilege
+            The role may not use pg_cron.
+        """
+        job_id: int = await self._fetch_value(
+            "SELECT procrastinate_stalled.schedule(schedule => %(schedule)s)", schedule=schedule
+        )
+        return job_id
+
+    async def unschedule(self) -> bool:
+        """Remove the pg_cron job.
+
+        Returns
+        -------
+        :
+            Whether there was one.
+        """
+        was_scheduled: bool = await self._fetch_value("SELECT procrastinate_stalled.unschedule()")
+        return was_scheduled
+
+    async def status(self) -> list[Status]:
+        """Return the health of the whole, one row per check. Writes nothing."""
+        return await self._fetch(Status, "procrastinate_stalled.status()")
+
+    async def version(self) -> str:
+        """Return the version of the SQL that is installed in the database."""
+        version: str = await self._fetch_value("SELECT procrastinate_stalled.version()")
+        return version
+
+    async def _fetch(self, row: type[Row], function_call: LiteralString, **arguments: Any) -> list[Row]:
+        columns = [
+            # Python's datetime has no -infinity.
+            SQL("nullif(stalled_at, '-infinity') AS stalled_at")
+            if field.name == "stalled_at"
+            else Identifier(field.name)
+            for field in fields(row)
+        ]
+        query = SQL("SELECT {columns} FROM {function_call}").format(
+            columns=SQL(", ").join(columns), function_call=SQL(function_call)
+        )
+        async with AsyncCursor(self.connection, row_factory=class_row(row)) as cursor:
+            await cursor.execute(query, arguments)
+            return await cursor.fetchall()
+
+    async def _fetch_value(self, query: LiteralString, **arguments: Any) -> Any:
+        async with AsyncCursor(self.connection, row_factory=tuple_row) as cursor:
+            await cursor.execute(query, arguments)
+            rows = await cursor.fetchall()
+            return rows[0][0]
