@@ -1,0 +1,600 @@
+"""The command line, run as its users run it."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from procrastinate_stalled import __version__, migrations_sql
+from tests.conftest import Connect
+from tests.jobs import add_job, add_rule, add_stalled_job, add_worker, get_job, rows
+from tests.server import PROJECT, Server
+from tests.test_installation import is_installed
+from tests.wait import wait_until
+
+OK, WARNING, ERROR, FAILED = 0, 1, 2, 3
+
+COMMANDS = ["install", "uninstall", "sql", "list", "sweep", "retry", "schedule", "unschedule", "status", "rules"]
+
+Run = subprocess.CompletedProcess[str]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "DATABASE_URL"))}
+    return {**inherited, "PYTHONPATH": str(PROJECT), "TZ": "UTC", **variables}
+
+
+def run(*arguments: str, database: str = "", **variables: str) -> Run:
+    """Run a command; without a terminal, as in a pipe."""
+    if database:
+        variables["DATABASE_URL"] = database
+    return subprocess.run(
+        [sys.executable, "-m", "procrastinate_stalled", *arguments],
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeed(*arguments: str, database: str) -> str:
+    """Run a command that must end well and say nothing on stderr; return what it prints."""
+    done = run(*arguments, database=database)
+    assert (done.returncode, done.stderr) == (OK, "")
+    return done.stdout
+
+
+def rows_of(*arguments: str, database: str) -> Any:
+    return json.loads(succeed(*arguments, "--json", database=database))
+
+
+def expect_error(done: Run, message: str, *, hint: str) -> None:
+    """See a user's mistake explained on stderr in three parts, without a traceback."""
+    assert done.returncode == FAILED
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert message in lines[0]
+    assert lines[0].startswith("Error: ")
+    assert len(lines) >= 3
+    assert lines[-1].startswith("Hint: ")
+    assert hint in lines[-1]
+
+
+def test_install_says_what_it_did_and_what_comes_next(procrastinate_database: str) -> None:
+    first = succeed("install", database=procrastinate_database)
+    again = succeed("install", database=procrastinate_database)
+
+    assert "procrastinate_stalled_0001_initial" in first
+    assert "procrastinate-stalled schedule" in first
+    assert again == "Already installed, nothing to do.\n"
+    assert is_installed(procrastinate_database)
+
+
+def test_uninstall_says_what_it_did(database: str) -> None:
+    first = succeed("uninstall", database=database)
+    again = succeed("uninstall", database=database)
+
+    assert (first, again) == ("Uninstalled.\n", "Not installed, nothing to do.\n")
+    assert not is_installed(database)
+
+
+def test_uninstall_warns_of_the_job_that_it_cannot_remove(other_database_on_cron_server: str) -> None:
+    done = run("uninstall", database=other_database_on_cron_server)
+
+    assert (done.returncode, done.stdout) == (OK, "Uninstalled.\n")
+    assert done.stderr.startswith("Warning: ")
+    assert "SELECT cron.unschedule('procrastinate_stalled');" in done.stderr
+
+
+def test_sql_prints_the_script_for_psql_and_needs_no_database() -> None:
+    assert succeed("sql", database="host=nowhere.invalid") == migrations_sql()
+
+
+def test_list_shows_the_stalled_jobs_to_people(database: str, connection: psycopg.Connection[Any]) -> None:
+    add_rule(connection, "end", position=1, task_name="task.that.fails", action="fail")
+    jobs = [add_stalled_job(connection, queue_name="[bold]emails", task_name="task.that.fails") for _ in range(2)]
+
+    text = succeed("list", database=database)
+
+    for job in jobs:
+        assert re.search(rf"^ *{job} .*\[bold\]emails .*heartbeat .*fail", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_list_breaks_a_long_task_name_instead_of_cutting_it(database: str, connection: psycopg.Connection[Any]) -> None:
+    name = "a.module.with.a.very.long.dotted.path.and.then.some.more.of.it.the_task_with_its_long_name"
+    add_stalled_job(connection, task_name=name)
+
+    text = succeed("list", database=database)
+
+    headers, _line, *lines = text.splitlines()
+    task = slice(headers.index("Task"), headers.index("Reason"))
+    assert "".join(line[task].strip() for line in lines) == name
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_list_says_that_there_are_none(database: str) -> None:
+    assert succeed("list", database=database) == "No stalled jobs.\n"
+    assert rows_of("list", database=database) == []
+
+
+def test_list_selects_by_each_option(database: str, connection: psycopg.Connection[Any]) -> None:
+    old = add_stalled_job(connection, queue_name="old", task_name="send", started_ago=500)
+    new = add_stalled_job(connection, silent_for=100, queue_name="new", task_name="read", started_ago=50)
+
+    def ids(*options: str) -> list[int]:
+        return [job["id"] for job in rows_of("list", *options, database=database)]
+
+    assert ids() == [old]
+    assert ids("--seconds-since-heartbeat", "60") == [old, new]
+    assert ids("--seconds-since-heartbeat", "60", "--queue", "new") == [new]
+    assert ids("--seconds-since-heartbeat", "60", "--task-name", "send") == [old]
+    assert ids("--nb-seconds", "100.5") == [old]
+
+
+def test_json_has_the_columns_as_keys_and_times_in_iso_format(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    job = add_stalled_job(connection, args={"name": "Zoë"})
+
+    (row,) = rows_of("list", database=database)
+
+    with connection.cursor() as cursor:
+        columns = cursor.execute("SELECT * FROM procrastinate_stalled.get_stalled_jobs()").description
+    assert columns is not None
+    assert list(row) == [column.name for column in columns]
+    assert (row["id"], row["args"], row["lock"]) == (job, {"name": "Zoë"}, None)
+    assert datetime.fromisoformat(row["last_heartbeat"]).tzinfo is not None
+
+
+def test_sweep_rescues_and_says_how_many(database: str, connection: psycopg.Connection[Any]) -> None:
+    add_rule(connection, "end", position=1, task_name="end", action="fail")
+    retried = [add_stalled_job(connection) for _ in range(2)]
+    ended = add_stalled_job(connection, task_name="end")
+
+    text = succeed("sweep", database=database)
+
+    assert text == "3 jobs in doing: 2 retried, 1 failed, 0 aborted, 0 left for a later sweep.\n"
+    assert {get_job(connection, job)["status"] for job in retried} == {"todo"}
+    assert get_job(connection, ended)["status"] == "failed"
+
+
+def test_sweep_prints_the_row_that_it_wrote(database: str, connection: psycopg.Connection[Any]) -> None:
+    add_stalled_job(connection)
+    succeed("sweep", database=database)
+    add_stalled_job(connection)
+    add_stalled_job(connection)
+
+    row = rows_of("sweep", database=database)
+
+    (last,) = rows(connection, "SELECT * FROM procrastinate_stalled.sweeps ORDER BY id DESC LIMIT 1")
+    assert list(row) == list(last)
+    assert (row["id"], row["doing"], row["retried"]) == (last["id"], 2, 2)
+    assert row["duration"] == last["duration"].total_seconds()
+
+
+def test_a_sweep_that_recorded_an_error_exits_1(database: str, connection: psycopg.Connection[Any]) -> None:
+    good = add_stalled_job(connection)
+    bad = add_stalled_job(connection, task_name="bad")
+    connection.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'this job cannot be changed';
+        END;
+        $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON procrastinate_jobs
+            FOR EACH ROW WHEN (OLD.task_name = 'bad') EXECUTE FUNCTION refuse();
+        """
+    )
+
+    done = run("sweep", database=database)
+
+    assert done.returncode == WARNING
+    assert "1 retried" in done.stdout
+    assert f"job {bad}: this job cannot be changed" in done.stderr
+    assert get_job(connection, good)["status"] == "todo"
+
+
+def test_a_dry_run_of_sweep_lists_what_would_be_done_and_changes_nothing(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    assert succeed("sweep", "--dry-run", database=database) == "No stalled jobs to rescue.\n"
+    job = add_stalled_job(connection)
+
+    text = succeed("sweep", "--dry-run", database=database)
+    (row,) = rows_of("sweep", "--dry-run", database=database)
+
+    assert re.search(rf"^ *{job} .*retried", text, re.MULTILINE)
+    assert (row["id"], row["job_id"], row["action"]) == (None, job, "retried")
+    assert get_job(connection, job)["status"] == "doing"
+    assert rows(connection, "SELECT * FROM procrastinate_stalled.sweeps") == []
+
+
+def test_sweep_shows_a_progress_bar_on_a_terminal_and_keeps_stdout_clean(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    jobs = [add_stalled_job(connection) for _ in range(3)]
+    # The second job makes the sweep wait for long enough to see the bar.
+    connection.execute(
+        f"""
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_sleep(1);
+            RETURN NEW;
+        END;
+        $$;
+        CREATE TRIGGER wait BEFORE UPDATE ON procrastinate_jobs
+            FOR EACH ROW WHEN (OLD.id = {jobs[1]}) EXECUTE FUNCTION wait();
+        """
+    )
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "procrastinate_stalled", "sweep", "--json"],
+        env=environment(DATABASE_URL=database, TERM="xterm"),
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # the other end was closed
+        pass
+    os.close(ours)
+    stdout, _stderr = process.communicate()
+
+    assert process.returncode == OK
+    assert json.loads(stdout)["retried"] == 3
+    assert "Rescuing stalled jobs" in shown.decode()
+    assert "0/3" in shown.decode()
+
+
+def test_ctrl_c_ends_a_sweep_that_waits(database: str, connection: psycopg.Connection[Any], connect: Connect) -> None:
+    locking = connect(autocommit=False)
+    locking.execute("LOCK TABLE procrastinate_stalled.rules IN ACCESS EXCLUSIVE MODE")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "procrastinate_stalled", "list"],
+        env=environment(DATABASE_URL=database),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(
+        lambda: rows(connection, "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"), "the command waits"
+    )
+    process.send_signal(signal.SIGINT)
+    _stdout, stderr = process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+def test_retry_puts_a_job_back_as_it_is_told(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_job(connection, worker_id=add_worker(connection))
+
+    text = succeed(
+        *("retry", str(job), "--at", "2100-01-02T03:04+01:00"),
+        *("--priority", "-3", "--queue", "slow", "--lock", "new lock"),
+        database=database,
+    )
+
+    assert text == f"Job {job} (task): retried.\n"
+    row = get_job(connection, job)
+    assert row["scheduled_at"] == datetime.fromisoformat("2100-01-02T03:04+01:00")
+    assert (row["status"], row["priority"], row["queue_name"], row["lock"]) == ("todo", -3, "slow", "new lock")
+
+
+def test_retry_takes_a_time_without_an_offset_as_local_time(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_job(connection)
+
+    done = run("retry", str(job), "--at", "2100-01-02T03:04", "--json", database=database, TZ="Asia/Tokyo")
+
+    assert done.returncode == OK
+    scheduled_at = get_job(connection, job)["scheduled_at"]
+    assert scheduled_at == datetime.fromisoformat("2100-01-02T03:04+09:00")
+    rescue = json.loads(done.stdout)
+    assert (rescue["job_id"], rescue["reason"]) == (job, "manual")
+    assert datetime.fromisoformat(rescue["scheduled_at"]) == scheduled_at
+
+
+def test_the_ledger_names_the_command_line(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_job(connection)
+
+    assert rows_of("retry", str(job), database=database)["rescued_by"] == "postgres (procrastinate-stalled)"
+
+
+def test_retry_explains_why_it_cannot(database: str, connection: psycopg.Connection[Any]) -> None:
+    waiting = add_job(connection, "todo")
+
+    expect_error(run("retry", "4242", database=database), "there is no job 4242", hint="running jobs")
+    expect_error(
+        run("retry", str(waiting), database=database), f"job {waiting} is not in doing", hint="a worker will fetch it"
+    )
+
+
+def test_schedule_and_unschedule_say_what_they_did(cron_database: str) -> None:
+    scheduled = succeed("schedule", database=cron_database)
+    changed = succeed("schedule", "*/5 * * * *", database=cron_database)
+    unscheduled = succeed("unschedule", database=cron_database)
+    again = succeed("unschedule", database=cron_database)
+
+    assert re.fullmatch(r"Scheduled: pg_cron job \d+ runs at '\* \* \* \* \*'\.\n", scheduled)
+    assert re.fullmatch(r"Scheduled: pg_cron job \d+ runs at '\*/5 \* \* \* \*'\.\n", changed)
+    assert (unscheduled, again) == ("Unscheduled.\n", "Not scheduled, nothing to do.\n")
+
+
+def test_schedule_explains_a_schedule_that_pg_cron_does_not_understand(cron_database: str) -> None:
+    expect_error(
+        run("schedule", "now and then", database=cron_database),
+        "pg_cron does not understand the schedule",
+        hint="Five fields",
+    )
+
+
+def test_schedule_explains_that_there_is_no_pg_cron(database: str) -> None:
+    expect_error(
+        run("schedule", database=database), "pg_cron is not installed in database", hint="procrastinate-stalled sweep"
+    )
+
+
+def test_schedule_prints_the_statement_for_the_other_database_where_pg_cron_lives(
+    cron_server: Server, other_database_on_cron_server: str
+) -> None:
+    done = run("schedule", database=other_database_on_cron_server)
+
+    expect_error(done, "pg_cron is not in database", hint="SELECT cron.schedule_in_database(")
+    statement = re.search(r"SELECT cron\.schedule_in_database\(.*?\);", done.stderr)
+    assert statement is not None
+    with psycopg.connect(cron_server.conninfo("cron")) as connection:
+        connection.execute(statement.group().encode())
+        scheduled = rows(connection, "SELECT database, command, active FROM cron.job")
+        connection.rollback()
+    assert scheduled == [
+        {
+            "database": conninfo_to_dict(other_database_on_cron_server)["dbname"],
+            "command": "CALL procrastinate_stalled.sweep()",
+            "active": True,
+        }
+    ]
+
+
+def test_status_exits_with_the_worst_level(cron_database: str) -> None:
+    def levels(done: Run) -> dict[str, str]:
+        return {check["name"]: check["level"] for check in json.loads(done.stdout)}
+
+    with psycopg.connect(cron_database, autocommit=True) as connection:
+        unscheduled = run("status", "--json", database=cron_database)
+        assert unscheduled.returncode == WARNING
+        assert levels(unscheduled)["schedule"] == "warning"
+
+        add_worker(connection)
+        succeed("schedule", database=cron_database)
+        succeed("sweep", database=cron_database)
+        # As if pg_cron had run it already.
+        connection.execute(
+            """
+            INSERT INTO cron.job_run_details (jobid, runid, status, start_time, end_time)
+                SELECT jobid, 1, 'succeeded', now(), now() FROM cron.job
+            """
+        )
+        healthy = run("status", "--json", database=cron_database)
+        assert set(levels(healthy).values()) == {"ok"}
+        assert healthy.returncode == OK
+
+        connection.execute("UPDATE cron.job SET active = false")
+        inactive = run("status", "--json", database=cron_database)
+        assert inactive.returncode == ERROR
+        assert levels(inactive)["schedule"] == "error"
+
+
+def test_status_shows_each_check_with_its_remedy_to_people(database: str) -> None:
+    done = run("status", database=database)
+
+    assert (done.returncode, done.stderr) == (WARNING, "")
+    assert re.search(r"^procrastinate +warning +schema public", done.stdout, re.MULTILINE)
+    assert "Start a worker" in done.stdout
+    assert re.search(rf"^package +ok +version {re.escape(__version__)}", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_status_warns_when_package_and_database_have_different_versions(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute(
+        """
+        CREATE OR REPLACE FUNCTION procrastinate_stalled.version() RETURNS text
+            LANGUAGE sql AS 'SELECT ''99.0''::text'
+        """
+    )
+
+    checks = json.loads(run("status", "--json", database=database).stdout)
+
+    (package,) = [check for check in checks if check["name"] == "package"]
+    assert package["level"] == "warning"
+    assert "99.0" in package["detail"]
+    assert "procrastinate-stalled install" in package["hint"]
+
+
+def test_rules_are_shown_in_the_order_in_which_they_are_tried(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    add_rule(
+        connection,
+        "big",
+        position=5,
+        queue_name="emails",
+        task_name="send%",
+        args={"a": 1},
+        run_timeout="1 hour",
+        max_rescues=None,
+        retry_delay="30 seconds",
+        retry_queue_name="slow",
+        retry_priority=-1,
+    )
+    add_rule(connection, "off", position=6, enabled=False, action="ignore", heartbeat_timeout=None)
+
+    shown = rows_of("rules", database=database)
+    text = " ".join(succeed("rules", database=database).split())
+
+    assert [rule["name"] for rule in shown] == ["big", "off", "default"]
+    assert list(shown[0]) == list(rows(connection, "SELECT * FROM procrastinate_stalled.rules")[0])
+    assert (shown[0]["heartbeat_timeout"], shown[0]["run_timeout"], shown[0]["args"]) == (300, 3600, {"a": 1})
+    assert text.index("big") < text.index("off") < text.index("default")
+    assert max(map(len, succeed("rules", database=database).splitlines())) <= 80
+    wide = run("rules", database=database, COLUMNS="300").stdout
+    assert re.search(
+        r'5 +big +queue emails, task send%, args \{"a": 1\} +0:05:00 of silence, 1:00:00 of running '
+        r"+retry, after 0:00:30 \(then times 2\), in queue slow, with priority -1",
+        wide,
+    )
+    assert re.search(r"6 +off \(disabled\) +all +never +ignore", wide)
+    assert re.search(r"2147483647 +default +all +0:05:00 of silence +retry 3 times", wide)
+
+
+def test_rules_says_that_there_are_none(database: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute("DELETE FROM procrastinate_stalled.rules")
+
+    assert "No rules" in succeed("rules", database=database)
+
+
+NEEDING_THE_SCHEMA = [["list"], ["sweep"], ["sweep", "--dry-run"], ["retry", "1"], ["schedule"], ["status"], ["rules"]]
+
+
+@pytest.mark.parametrize("command", NEEDING_THE_SCHEMA, ids=" ".join)
+def test_where_it_is_not_installed_each_command_says_how_to(command: list[str], procrastinate_database: str) -> None:
+    expect_error(
+        run(*command, database=procrastinate_database),
+        "procrastinate_stalled is not installed in this database",
+        hint="procrastinate-stalled install",
+    )
+
+
+def test_an_older_schema_is_an_error_that_says_how_to_upgrade(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("DROP FUNCTION procrastinate_stalled.unschedule()")
+
+    expect_error(run("unschedule", database=database), "or in another version", hint="procrastinate-stalled install")
+
+
+@pytest.mark.parametrize("command", [["install"], ["uninstall"], *NEEDING_THE_SCHEMA], ids=" ".join)
+def test_a_wrong_address_is_explained(command: list[str], server: Server) -> None:
+    expect_error(
+        run(*command, database=server.conninfo("nowhere")), "no connection to the database", hint="--database-url"
+    )
+
+
+def test_an_address_that_libpq_does_not_understand_is_explained_without_its_password() -> None:
+    done = run("status", database="postgresql+psycopg://app:secret@db.example.com/app")
+
+    expect_error(done, "no connection to the database", hint="postgresql://user@host/database")
+    assert "secret" not in done.stderr
+
+
+def test_the_address_comes_from_the_option_before_the_variable(database: str) -> None:
+    assert (
+        succeed("--database-url", database, "list", database="host=nowhere.invalid")
+        == succeed("-d", database, "list", database="host=nowhere.invalid")
+        == "No stalled jobs.\n"
+    )
+
+
+def test_without_an_address_the_variables_of_libpq_apply(database: str) -> None:
+    address = conninfo_to_dict(database)
+    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+
+    done = run("list", **{names[key]: str(value) for key, value in address.items()})
+
+    assert (done.returncode, done.stdout) == (OK, "No stalled jobs.\n")
+
+
+def test_an_install_that_is_refused_shows_the_three_parts_of_the_error(empty_database: str) -> None:
+    expect_error(
+        run("install", database=empty_database),
+        "Procrastinate is not installed in database",
+        hint="Connect to the database of your Procrastinate app",
+    )
+
+
+def test_a_role_without_rights_is_told_which_role_to_use(server: Server, database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE ROLE stranger LOGIN")
+    try:
+        done = run("list", database=make_conninfo(database, user="stranger"))
+    finally:
+        with psycopg.connect(server.conninfo(), autocommit=True) as connection:
+            connection.execute("DROP ROLE stranger")
+
+    assert done.returncode == FAILED
+    assert done.stderr.splitlines() == [
+        "Error: permission denied for schema procrastinate_stalled",
+        "Hint: Connect as the role that installed it, or as the owner of Procrastinate's tables.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list", "--nonsense"], ["nonsense"], ["retry"], ["retry", "x"], ["retry", "1", "--at", "soon"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_3_and_points_to_the_help(arguments: list[str]) -> None:
+    done = run(*arguments)
+
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert "Usage: procrastinate-stalled" in done.stderr
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_values_are_explained_by_the_database(database: str) -> None:
+    expect_error(run("list", "--nb-seconds", "-1", database=database), "nb_seconds must be a positive", hint="above 0")
+
+
+def test_the_help_lists_every_command() -> None:
+    done = run("--help")
+
+    assert (done.returncode, done.stderr) == (OK, "")
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", done.stdout)
+    assert "DATABASE_URL" in done.stdout
+    assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_help(command: str) -> None:
+    done = run(command, "--help")
+
+    assert (done.returncode, done.stderr) == (OK, "")
+    assert f"Usage: procrastinate-stalled {command}" in done.stdout
+
+
+def test_the_help_loads_no_driver() -> None:
+    script = (
+        "import sys; sys.argv = ['procrastinate-stalled', '--help']\n"
+        "from procrastinate_stalled.cli import main\n"
+        "try: main()\nfinally: print('psycopg' in sys.modules, 'yoyo' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+
+    assert done.stderr == "False False\n"
+
+
+def test_the_installed_command_is_the_same_program() -> None:
+    command = Path(sys.executable).with_name("procrastinate-stalled")
+
+    done = subprocess.run([command, "--help"], env=environment(), capture_output=True, text=True, check=True)
+
+    assert done.stdout == run("--help").stdout
