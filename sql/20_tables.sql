@@ -22,12 +22,19 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
     CONSTRAINT rules_args_is_an_object CHECK (jsonb_typeof(args) = 'object'),
-    -- The upper bounds keep timestamp + interval within range, so that no rule can make a sweep fail.
-    CONSTRAINT rules_heartbeat_timeout_in_range CHECK (heartbeat_timeout > '0' AND heartbeat_timeout <= '10 years'),
-    CONSTRAINT rules_run_timeout_in_range CHECK (run_timeout > '0' AND run_timeout <= '10 years'),
+    -- timestamp + interval must stay within range, or a rule could make every sweep fail. A comparison takes a year for
+    -- 360 days and the epoch for 365.25, so both together also refuse '5000000 years -1799999999 days'.
+    CONSTRAINT rules_heartbeat_timeout_in_range CHECK (
+        heartbeat_timeout > '0' AND heartbeat_timeout <= '10 years'
+        AND extract(epoch FROM heartbeat_timeout) BETWEEN 0 AND extract(epoch FROM interval '10 years')
+    ),
+    CONSTRAINT rules_run_timeout_in_range CHECK (
+        run_timeout > '0' AND run_timeout <= '10 years'
+        AND extract(epoch FROM run_timeout) BETWEEN 0 AND extract(epoch FROM interval '10 years')
+    ),
     CONSTRAINT rules_action_known CHECK (action IN ('retry', 'fail', 'ignore')),
     CONSTRAINT rules_max_rescues_not_negative CHECK (max_rescues >= 0),
-    CONSTRAINT rules_retry_delay_in_range CHECK (retry_delay >= '0' AND retry_delay <= '1 day'),
+    CONSTRAINT rules_retry_delay_in_range CHECK (extract(epoch FROM retry_delay) BETWEEN 0 AND 86400),
     CONSTRAINT rules_retry_backoff_in_range CHECK (retry_backoff >= 1 AND retry_backoff <= 1000),
     -- Procrastinate's column is varchar(128).
     CONSTRAINT rules_retry_queue_name_length CHECK (length(retry_queue_name) BETWEEN 1 AND 128),
@@ -62,9 +69,18 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.settings (
     keep_rescues interval NOT NULL DEFAULT '90 days',
     keep_sweeps interval NOT NULL DEFAULT '7 days',
     CONSTRAINT settings_has_one_row CHECK (only_row),
-    CONSTRAINT settings_outage_grace_in_range CHECK (outage_grace >= '0' AND outage_grace <= '10 years'),
-    CONSTRAINT settings_keep_rescues_in_range CHECK (keep_rescues >= '0' AND keep_rescues <= '100 years'),
-    CONSTRAINT settings_keep_sweeps_in_range CHECK (keep_sweeps >= '0' AND keep_sweeps <= '100 years')
+    CONSTRAINT settings_outage_grace_in_range CHECK (
+        outage_grace >= '0' AND outage_grace <= '10 years'
+        AND extract(epoch FROM outage_grace) BETWEEN 0 AND extract(epoch FROM interval '10 years')
+    ),
+    CONSTRAINT settings_keep_rescues_in_range CHECK (
+        keep_rescues >= '0' AND keep_rescues <= '100 years'
+        AND extract(epoch FROM keep_rescues) BETWEEN 0 AND extract(epoch FROM interval '100 years')
+    ),
+    CONSTRAINT settings_keep_sweeps_in_range CHECK (
+        keep_sweeps >= '0' AND keep_sweeps <= '100 years'
+        AND extract(epoch FROM keep_sweeps) BETWEEN 0 AND extract(epoch FROM interval '100 years')
+    )
 );
 
 COMMENT ON TABLE procrastinate_stalled.settings IS 'One row of settings. Edit it with UPDATE.';
@@ -200,6 +216,18 @@ $$;
 
 COMMENT ON TYPE procrastinate_stalled.stalled_job IS
     'A stalled job: the columns of procrastinate_jobs, then the evidence and what a sweep would do now.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.id IS 'procrastinate_jobs.id.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.queue_name IS 'procrastinate_jobs.queue_name.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.task_name IS 'procrastinate_jobs.task_name.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.priority IS 'procrastinate_jobs.priority.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.lock IS 'procrastinate_jobs.lock.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.queueing_lock IS 'procrastinate_jobs.queueing_lock.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.args IS 'procrastinate_jobs.args.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.status IS 'procrastinate_jobs.status: doing.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.scheduled_at IS 'procrastinate_jobs.scheduled_at.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.attempts IS 'procrastinate_jobs.attempts: the runs before this one.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.abort_requested IS 'procrastinate_jobs.abort_requested.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.worker_id IS 'The worker that fetched it. NULL: an orphan, whose worker row is gone.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.last_heartbeat IS 'The last heartbeat of its worker. NULL: the worker row is gone.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.started_at IS 'Its last started event.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.rule_name IS 'The rule that it obeys. NULL: no rule matches.';

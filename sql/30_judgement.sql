@@ -127,6 +127,7 @@ BEGIN
                worker.last_heartbeat,
                orphan.seen_at,
                event.started_at,
+               event.deferred_at,
                rule.name AS rule_name,
                rule.action AS rule_action,
                rule.heartbeat_timeout,
@@ -142,9 +143,10 @@ BEGIN
             LEFT JOIN procrastinate_stalled.orphans AS orphan
                 ON job.worker_id IS NULL AND orphan.job_id = job.id AND orphan.attempts = job.attempts
             CROSS JOIN LATERAL (
-                SELECT max(event.at) AS started_at
+                SELECT max(event.at) FILTER (WHERE event.type = 'started') AS started_at,
+                       min(event.at) FILTER (WHERE event.type = 'deferred') AS deferred_at
                     FROM procrastinate_events AS event
-                    WHERE event.job_id = job.id AND event.type = 'started'
+                    WHERE event.job_id = job.id
             ) AS event
             LEFT JOIN LATERAL (
                 SELECT *
@@ -198,12 +200,11 @@ BEGIN
                    AND (max_rescues IS NULL OR earlier.rescues < max_rescues) AS may_be_retried
             FROM stalled
             CROSS JOIN LATERAL (
-                -- Each retry adds an attempt. Rows at this count or above are of another job: of one that had
-                -- this id before Procrastinate's tables were made anew.
-                SELECT count(DISTINCT rescue.attempts) AS rescues
+                -- An older row is of another job, which had this id before Procrastinate's tables were made anew.
+                SELECT count(*) AS rescues
                     FROM procrastinate_stalled.rescues AS rescue
                     WHERE rescue.job_id = stalled.id
-                        AND rescue.attempts < stalled.attempts
+                        AND (deferred_at IS NULL OR rescue.rescued_at >= deferred_at)
                         AND rescue.action = 'retried'
                         AND rescue.reason <> 'manual'
             ) AS earlier
