@@ -115,7 +115,7 @@ def uninstall(context: typer.Context) -> None:
 
 @app.command(epilog="Example:\n\nprocrastinate-stalled sql | psql --quiet postgresql://app@db.example.com/app")
 def sql() -> None:
-    """Print the migrations as one script for psql, to install without Python on the server's side."""
+    """Print the migrations as one script for psql, to install from where this package is not."""
     from procrastinate_stalled import installation
 
     sys.stdout.write(installation.migrations_sql())
@@ -370,7 +370,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
         return message, error.diag.message_detail, hint or HINTS.get(error.sqlstate or "")
 
     # An address that libpq does not understand, such as postgresql+psycopg://..., is quoted with its password.
-    text = re.sub(r"(://[^:@/\s]*):[^@\s]*@", r"\1:***@", str(error))
+    text = re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", str(error))
     detail = "\n".join(line.strip() for line in text.splitlines() if line.strip())
     hint = "Name the database with --database-url, DATABASE_URL or the PG* variables: postgresql://user@host/database"
     if re.search(r"unsupported startup parameter|statement pooling", detail):

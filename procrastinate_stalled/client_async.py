@@ -277,13 +277,7 @@ class AsyncStalled:
         return version
 
     async def _fetch(self, row: type[Row], function_call: LiteralString, **arguments: Any) -> list[Row]:
-        columns = [
-            # Python's datetime has no -infinity.
-            SQL("nullif(stalled_at, '-infinity') AS stalled_at")
-            if field.name == "stalled_at"
-            else Identifier(field.name)
-            for field in fields(row)
-        ]
+        columns = [Identifier(field.name) for field in fields(row)]
         query = SQL("SELECT {columns} FROM {function_call}").format(
             columns=SQL(", ").join(columns), function_call=SQL(function_call)
         )

@@ -22,7 +22,7 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('Procrastinate is not installed in database "%s"', current_database()),
             DETAIL = 'No schema has a table "procrastinate_jobs" that this role can see.',
-            HINT = 'Connect to the database of your Procrastinate app, or apply its schema first: procrastinate --app=… schema --apply';
+            HINT = 'Connect to the database of your Procrastinate app, or apply its schema first: procrastinate --app=... schema --apply';
     END IF;
 
     IF wanted_schema IS NOT NULL THEN
@@ -49,7 +49,7 @@ BEGIN
                 MESSAGE = format('several schemas of database "%s" hold a Procrastinate', current_database()),
                 DETAIL = format('The table "procrastinate_jobs" is in: %s. None of them is in the search_path.',
                     array_to_string(procrastinate_schemas, ', ')),
-                HINT = 'Name one: SET procrastinate_stalled.procrastinate_schema = ''…'', then install again.';
+                HINT = 'Name one: SET procrastinate_stalled.procrastinate_schema = ''...'', then install again.';
         END IF;
     END IF;
 

@@ -232,7 +232,7 @@ COMMENT ON COLUMN procrastinate_stalled.stalled_job.last_heartbeat IS 'The last 
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.started_at IS 'Its last started event.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.rule_name IS 'The rule that it obeys. NULL: no rule matches.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.reason IS 'heartbeat, orphaned or run_timeout.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. -infinity: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. NULL: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do: retry, fail, abort, wait (for the job named in duplicate_of) or ignore.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.duplicate_of IS 'A job with the same queueing lock that is in todo, or that is stalled too and would be retried first.';

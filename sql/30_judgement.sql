@@ -246,7 +246,7 @@ BEGIN
            started_at,
            rule_name,
            reason,
-           stalled_at,
+           nullif(stalled_at, '-infinity'),
            action,
            CASE
                WHEN rule_name IS NULL THEN 'no rule'

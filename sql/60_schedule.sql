@@ -1,6 +1,22 @@
 -- pg_cron. It may be absent, in another database, or closed to this role: each is said, with the way out.
 -- cron.job shows a role its own jobs only; a superuser sees all.
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._cron_database()
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- Not current_setting(), which raises for a role that may not see the setting.
+    RETURN (SELECT setting FROM pg_settings WHERE name = 'cron.database_name');
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._cron_database() IS
+    'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it, or this role may not see the setting (it needs pg_read_all_settings).';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron()
     RETURNS void
     LANGUAGE plpgsql
@@ -8,10 +24,10 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron()
     SET search_path FROM CURRENT
 AS $$
 DECLARE
-    -- Set in every database of a server that has loaded pg_cron.
-    cron_database CONSTANT text := current_setting('cron.database_name', true);
+    cron_database text;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
+        cron_database := procrastinate_stalled._cron_database();
         IF cron_database <> current_database() THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
@@ -22,18 +38,22 @@ BEGIN
                     cron_database, 'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
                     'procrastinate_stalled'
                 );
+        ELSIF cron_database = current_database() THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+                DETAIL = 'The server has loaded it for this database, but the extension is not created.',
+                HINT = format('As a superuser: CREATE EXTENSION pg_cron; GRANT USAGE ON SCHEMA cron TO %I;', current_user);
+        ELSE
+            RAISE EXCEPTION USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+                DETAIL = 'The server has not loaded it (shared_preload_libraries), or it lives in another database and this role may not see in which.',
+                HINT = format(
+                    'Ask a superuser for pg_cron: where it lives, cron.schedule_in_database(%L, %L, %L, %L, %L) schedules for this database. Or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).',
+                    'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user
+                );
         END IF;
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
-            DETAIL = CASE
-                WHEN cron_database IS NULL THEN 'The server has not loaded it (shared_preload_libraries).'
-                ELSE 'The server has loaded it, but the extension is not created.'
-            END,
-            HINT = CASE
-                WHEN cron_database IS NULL THEN 'Add pg_cron to shared_preload_libraries, restart, CREATE EXTENSION pg_cron; or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).'
-                ELSE format('As a superuser: CREATE EXTENSION pg_cron; GRANT USAGE ON SCHEMA cron TO %I;', current_user)
-            END;
     END IF;
 
     IF NOT has_schema_privilege('cron', 'USAGE') THEN
@@ -70,7 +90,7 @@ BEGIN
             ERRCODE = 'invalid_authorization_specification',
             MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
             DETAIL = 'pg_cron runs a job as the role that scheduled it.',
-            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE … LOGIN.';
+            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
     END IF;
 
     SELECT jobid, job.schedule, job.command, database, active
@@ -128,7 +148,7 @@ DECLARE
     existing bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron')
-        AND current_setting('cron.database_name', true) IS NOT DISTINCT FROM NULL
+        AND procrastinate_stalled._cron_database() IS NULL
     THEN
         RETURN false;
     END IF;
@@ -146,6 +166,6 @@ $$;
 COMMENT ON FUNCTION procrastinate_stalled.unschedule() IS
 $$Removes the pg_cron job that sweeps this database: the current role's; called by a superuser, everybody's.
 
-Returns whether there was one. Without pg_cron on the server there is none.
+Returns whether there was one: false too where this role can see no pg_cron.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
 insufficient_privilege (no USAGE on schema cron).$$;

@@ -509,7 +509,7 @@ def test_an_uninstall_warns_of_the_job_that_it_cannot_remove(
 @pytest.fixture
 def pgbouncer(server: Server) -> Iterator[Server]:
     """PgBouncer in transaction mode in front of the server."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    program = shutil.which("pgbouncer", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
     assert program is not None, "There is no pgbouncer on this machine. Run: make prepare"
     port = get_port(None)
     assert port is not None

@@ -22,7 +22,7 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('Procrastinate is not installed in database "%s"', current_database()),
             DETAIL = 'No schema has a table "procrastinate_jobs" that this role can see.',
-            HINT = 'Connect to the database of your Procrastinate app, or apply its schema first: procrastinate --app=… schema --apply';
+            HINT = 'Connect to the database of your Procrastinate app, or apply its schema first: procrastinate --app=... schema --apply';
     END IF;
 
     IF wanted_schema IS NOT NULL THEN
@@ -49,7 +49,7 @@ BEGIN
                 MESSAGE = format('several schemas of database "%s" hold a Procrastinate', current_database()),
                 DETAIL = format('The table "procrastinate_jobs" is in: %s. None of them is in the search_path.',
                     array_to_string(procrastinate_schemas, ', ')),
-                HINT = 'Name one: SET procrastinate_stalled.procrastinate_schema = ''…'', then install again.';
+                HINT = 'Name one: SET procrastinate_stalled.procrastinate_schema = ''...'', then install again.';
         END IF;
     END IF;
 
@@ -330,7 +330,7 @@ COMMENT ON COLUMN procrastinate_stalled.stalled_job.last_heartbeat IS 'The last 
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.started_at IS 'Its last started event.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.rule_name IS 'The rule that it obeys. NULL: no rule matches.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.reason IS 'heartbeat, orphaned or run_timeout.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. -infinity: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. NULL: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do: retry, fail, abort, wait (for the job named in duplicate_of) or ignore.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.duplicate_of IS 'A job with the same queueing lock that is in todo, or that is stalled too and would be retried first.';
@@ -585,7 +585,7 @@ BEGIN
            started_at,
            rule_name,
            reason,
-           stalled_at,
+           nullif(stalled_at, '-infinity'),
            action,
            CASE
                WHEN rule_name IS NULL THEN 'no rule'
@@ -1316,6 +1316,22 @@ or max_jobs is not positive.$$;
 -- pg_cron. It may be absent, in another database, or closed to this role: each is said, with the way out.
 -- cron.job shows a role its own jobs only; a superuser sees all.
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._cron_database()
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- Not current_setting(), which raises for a role that may not see the setting.
+    RETURN (SELECT setting FROM pg_settings WHERE name = 'cron.database_name');
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._cron_database() IS
+    'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it, or this role may not see the setting (it needs pg_read_all_settings).';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron()
     RETURNS void
     LANGUAGE plpgsql
@@ -1323,10 +1339,10 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron()
     SET search_path FROM CURRENT
 AS $$
 DECLARE
-    -- Set in every database of a server that has loaded pg_cron.
-    cron_database CONSTANT text := current_setting('cron.database_name', true);
+    cron_database text;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
+        cron_database := procrastinate_stalled._cron_database();
         IF cron_database <> current_database() THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
@@ -1337,18 +1353,22 @@ BEGIN
                     cron_database, 'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
                     'procrastinate_stalled'
                 );
+        ELSIF cron_database = current_database() THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+                DETAIL = 'The server has loaded it for this database, but the extension is not created.',
+                HINT = format('As a superuser: CREATE EXTENSION pg_cron; GRANT USAGE ON SCHEMA cron TO %I;', current_user);
+        ELSE
+            RAISE EXCEPTION USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+                DETAIL = 'The server has not loaded it (shared_preload_libraries), or it lives in another database and this role may not see in which.',
+                HINT = format(
+                    'Ask a superuser for pg_cron: where it lives, cron.schedule_in_database(%L, %L, %L, %L, %L) schedules for this database. Or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).',
+                    'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user
+                );
         END IF;
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
-            DETAIL = CASE
-                WHEN cron_database IS NULL THEN 'The server has not loaded it (shared_preload_libraries).'
-                ELSE 'The server has loaded it, but the extension is not created.'
-            END,
-            HINT = CASE
-                WHEN cron_database IS NULL THEN 'Add pg_cron to shared_preload_libraries, restart, CREATE EXTENSION pg_cron; or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).'
-                ELSE format('As a superuser: CREATE EXTENSION pg_cron; GRANT USAGE ON SCHEMA cron TO %I;', current_user)
-            END;
     END IF;
 
     IF NOT has_schema_privilege('cron', 'USAGE') THEN
@@ -1385,7 +1405,7 @@ BEGIN
             ERRCODE = 'invalid_authorization_specification',
             MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
             DETAIL = 'pg_cron runs a job as the role that scheduled it.',
-            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE … LOGIN.';
+            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
     END IF;
 
     SELECT jobid, job.schedule, job.command, database, active
@@ -1443,7 +1463,7 @@ DECLARE
     existing bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron')
-        AND current_setting('cron.database_name', true) IS NOT DISTINCT FROM NULL
+        AND procrastinate_stalled._cron_database() IS NULL
     THEN
         RETURN false;
     END IF;
@@ -1461,7 +1481,7 @@ $$;
 COMMENT ON FUNCTION procrastinate_stalled.unschedule() IS
 $$Removes the pg_cron job that sweeps this database: the current role's; called by a superuser, everybody's.
 
-Returns whether there was one. Without pg_cron on the server there is none.
+Returns whether there was one: false too where this role can see no pg_cron.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
 insufficient_privilege (no USAGE on schema cron).$$;
 -- The health of the whole, for people and monitors.
