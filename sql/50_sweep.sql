@@ -199,11 +199,12 @@ CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
 )
     LANGUAGE plpgsql
 AS $$
--- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified name.
+-- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified
+-- name, and a type that is a keyword.
 DECLARE
     sweep_id bigint;
-    batch record;
-    result record;
+    batch bigint[];
+    one_by_one boolean;
     job_id bigint;
 BEGIN
     IF NOT procrastinate_stalled._can_sweep(batch_size) THEN
@@ -214,10 +215,10 @@ BEGIN
     FOR batch IN
         SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
     LOOP
-        SELECT * INTO result FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch.job_ids);
+        one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
-        IF result.one_by_one THEN
-            FOREACH job_id IN ARRAY batch.job_ids LOOP
+        IF one_by_one THEN
+            FOREACH job_id IN ARRAY batch LOOP
                 PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
                 COMMIT;
             END LOOP;

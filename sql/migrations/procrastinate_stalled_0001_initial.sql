@@ -707,7 +707,9 @@ DECLARE
     candidates procrastinate_stalled.stalled_job[];
     silent_workers bigint[];
     rescued procrastinate_stalled.rescues[];
+    to_wake bigint[] := '{}';
     rest bigint[] := job_ids;
+    duplicates bigint[];
 BEGIN
     LOOP
         candidates := ARRAY(
@@ -736,7 +738,8 @@ BEGIN
             -- A job is ended as a duplicate only while the other one stays in todo, which this lock sees to.
             SELECT job.id
                 FROM procrastinate_jobs AS job
-                WHERE job.id IN (SELECT duplicate_of FROM candidate) AND job.status::text = 'todo'
+                WHERE (job.id, job.queueing_lock) IN (SELECT duplicate_of, queueing_lock FROM candidate)
+                    AND job.status::text = 'todo'
                 FOR SHARE OF job SKIP LOCKED
         ), run AS (
             SELECT candidate.*
@@ -797,21 +800,24 @@ BEGIN
 
         -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped them
         -- while they were locked here, or they wait for the ended one's lock.
-        PERFORM procrastinate_stalled._notify(ARRAY(
+        to_wake := to_wake || ARRAY(
             SELECT job_id FROM unnest(rescued) WHERE action = 'retried'
-            UNION ALL
+            UNION
             SELECT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
-        ));
+        );
 
-        -- Once more for those that are duplicates of a job which was itself stalled, and now is in todo.
-        EXIT WHEN rescued IS NULL;
-        rest := ARRAY(
+        -- Once more for the duplicates of a job that was stalled itself: it is in todo now, or another session has it
+        -- locked and the next one with the queueing lock may take its place.
+        duplicates := ARRAY(
             SELECT id FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
             EXCEPT
             SELECT job_id FROM unnest(rescued)
         );
-        EXIT WHEN rest = '{}';
+        EXIT WHEN duplicates = '{}' OR cardinality(duplicates) = cardinality(rest);
+        rest := duplicates;
     END LOOP;
+
+    PERFORM procrastinate_stalled._notify(to_wake);
 END;
 $$;
 
@@ -1180,11 +1186,12 @@ CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
 )
     LANGUAGE plpgsql
 AS $$
--- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified name.
+-- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified
+-- name, and a type that is a keyword.
 DECLARE
     sweep_id bigint;
-    batch record;
-    result record;
+    batch bigint[];
+    one_by_one boolean;
     job_id bigint;
 BEGIN
     IF NOT procrastinate_stalled._can_sweep(batch_size) THEN
@@ -1195,10 +1202,10 @@ BEGIN
     FOR batch IN
         SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
     LOOP
-        SELECT * INTO result FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch.job_ids);
+        one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
-        IF result.one_by_one THEN
-            FOREACH job_id IN ARRAY batch.job_ids LOOP
+        IF one_by_one THEN
+            FOREACH job_id IN ARRAY batch LOOP
                 PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
                 COMMIT;
             END LOOP;
