@@ -508,6 +508,8 @@ def _matches(rule: Mapping[str, Any]) -> str:
 
 
 def _timeouts(rule: Mapping[str, Any]) -> str:
+    if rule["action"] == "ignore":
+        return "never"
     timeouts = [
         f"{rule[column]} of {what}"
         for column, what in (("heartbeat_timeout", "silence"), ("run_timeout", "running"))

@@ -49,7 +49,7 @@ BEGIN
                 MESSAGE = format('several schemas of database "%s" hold a Procrastinate', current_database()),
                 DETAIL = format('The table "procrastinate_jobs" is in: %s. None of them is in the search_path.',
                     array_to_string(procrastinate_schemas, ', ')),
-                HINT = 'Name one: SET procrastinate_stalled.procrastinate_schema = ''...'', then install again.';
+                HINT = 'Name one and install again. In the shell: export PGOPTIONS="-c procrastinate_stalled.procrastinate_schema=..."; in psql: SET procrastinate_stalled.procrastinate_schema = ''...'';';
         END IF;
     END IF;
 
@@ -89,6 +89,18 @@ BEGIN
     END IF;
 
     PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
+END;
+$$;
+
+DO $$
+BEGIN
+    IF current_setting('search_path') NOT LIKE 'pg_catalog, %, pg_temp' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'no_active_sql_transaction',
+            MESSAGE = 'this script must run in one transaction',
+            DETAIL = 'The search_path that its functions keep was set for one transaction, and that has ended.',
+            HINT = 'psql --single-transaction --set ON_ERROR_STOP=1 --file ...; or: procrastinate-stalled install';
+    END IF;
 END;
 $$;
 

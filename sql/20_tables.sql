@@ -162,10 +162,10 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.doing IS 'Jobs in doing when it s
 COMMENT ON COLUMN procrastinate_stalled.sweeps.retried IS 'Stalled jobs put back to todo.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.failed IS 'Stalled jobs ended as failed.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as aborted.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Stalled jobs left for a later sweep: locked by another session, or behind a job with the same queueing lock.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Stalled jobs deliberately not acted upon; 0 in version 0.1.0.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; the other jobs were rescued all the same.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
 
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.orphans (

@@ -164,17 +164,22 @@ BEGIN
     ), dated AS (
         SELECT running.*,
                CASE
-                   WHEN _judge.nb_seconds IS NOT NULL THEN started_at + _judge.nb_seconds
-                   WHEN _judge.seconds_since_heartbeat IS NULL THEN started_at + run_timeout
+                   WHEN _judge.nb_seconds IS NOT NULL THEN ran_since + _judge.nb_seconds
+                   WHEN _judge.seconds_since_heartbeat IS NULL THEN ran_since + run_timeout
                END AS run_ends_at,
                CASE
                    WHEN _judge.nb_seconds IS NOT NULL THEN NULL
-                   WHEN _judge.seconds_since_heartbeat IS NULL THEN
-                       CASE WHEN worker_id IS NULL THEN seen_at ELSE last_heartbeat END + heartbeat_timeout
+                   WHEN _judge.seconds_since_heartbeat IS NOT NULL THEN
+                       CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
                    ELSE
-                       CASE WHEN worker_id IS NULL THEN '-infinity' ELSE last_heartbeat END + _judge.seconds_since_heartbeat
+                       CASE WHEN worker_id IS NULL THEN seen_at ELSE silent_since END + heartbeat_timeout
                END AS silent_at
             FROM running
+            CROSS JOIN LATERAL (
+                -- A time in the future, of a clock that was wrong, tells nothing, and a sum with it may be out of range.
+                SELECT CASE WHEN started_at <= now() THEN started_at END AS ran_since,
+                       CASE WHEN last_heartbeat <= now() THEN last_heartbeat END AS silent_since
+            ) AS past
     ), stalled AS (
         SELECT dated.*,
                least(run_ends_at, silent_at) AS stalled_at,

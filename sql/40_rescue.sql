@@ -56,7 +56,7 @@ DECLARE
     candidates procrastinate_stalled.stalled_job[];
     silent_workers bigint[];
     rescued procrastinate_stalled.rescues[];
-    to_wake bigint[] := '{}';
+    to_wake bigint[] := ARRAY[]::bigint[];
     rest bigint[] := job_ids;
     duplicates bigint[];
 BEGIN
@@ -185,7 +185,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._note_orphans()
 AS $$
 BEGIN
     -- One session at a time, and nobody waits: who comes second leaves it to the first.
-    IF NOT pg_try_advisory_xact_lock(('procrastinate_stalled.orphans'::regclass)::oid::bigint) THEN
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('procrastinate_stalled.orphans', 0)) THEN
         RETURN;
     END IF;
 
@@ -202,9 +202,8 @@ BEGIN
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
-            WHERE job.status = 'doing'
-                AND job.worker_id IS NULL
-                AND NOT EXISTS (SELECT FROM procrastinate_stalled.orphans AS orphan WHERE orphan.job_id = job.id);
+            WHERE job.status = 'doing' AND job.worker_id IS NULL
+        ON CONFLICT DO NOTHING;
 END;
 $$;
 
@@ -228,6 +227,7 @@ AS $$
 DECLARE
     job procrastinate_jobs;
     rescue procrastinate_stalled.rescues;
+    violated_constraint text;
 BEGIN
     IF job_id IS NULL OR NOT isfinite(retry_at) OR length(queue) NOT BETWEEN 1 AND 128 THEN
         RAISE EXCEPTION USING
@@ -308,6 +308,10 @@ EXCEPTION
             DETAIL = 'Somebody is finishing, retrying or aborting it at this moment, or defers a job with its queueing lock.',
             HINT = 'Nothing was changed. Look at the job again, and retry it if it is still in doing.';
     WHEN unique_violation THEN
+        GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
+        IF violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
+            RAISE;
+        END IF;
         RAISE EXCEPTION USING
             ERRCODE = 'unique_violation',
             MESSAGE = format('job %s cannot be retried: another job waits with its queueing lock', job_id),
@@ -330,7 +334,7 @@ Arguments:
   queue     new queue, 1 to 128 characters; NULL: unchanged
   lock      new lock; NULL: unchanged
 Returns the new row of rescues. The job is left as Procrastinate's JobManager.retry_job leaves it (a job whose abort was
-requested is failed, not retried), except that worker_id is NULL.
+requested is failed, not retried, and keeps the request), except that worker_id is NULL.
 Errors, after which nothing is changed: no_data_found (no such job), object_not_in_prerequisite_state (not in doing),
 unique_violation (another job waits with its queueing lock), lock_not_available (locked by another session for 500 ms),
 invalid_parameter_value.$$;

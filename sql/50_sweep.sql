@@ -64,8 +64,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._batches(
     task_name text DEFAULT NULL,
     seconds_since_heartbeat interval DEFAULT NULL,
     nb_seconds interval DEFAULT NULL,
-    batch_size integer DEFAULT 1000,
-    max_jobs integer DEFAULT NULL
+    batch_size integer DEFAULT 1000
 )
     RETURNS TABLE (job_ids bigint[])
     LANGUAGE plpgsql
@@ -79,8 +78,6 @@ BEGIN
         SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
             FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
             WHERE judged.action IN ('retry', 'fail', 'abort')
-            ORDER BY judged.id
-            LIMIT max_jobs
     )
     SELECT array_agg(id ORDER BY id)
         FROM to_rescue
@@ -89,7 +86,7 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._batches(text, text, interval, interval, integer, integer) IS
+COMMENT ON FUNCTION procrastinate_stalled._batches(text, text, interval, interval, integer) IS
     'The ids of the stalled jobs that a sweep can rescue now, in batches, in id order.';
 
 
@@ -108,6 +105,8 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     SET lock_timeout = '100ms'
 AS $$
 #variable_conflict use_column
+DECLARE
+    violated_constraint text;
 BEGIN
     one_by_one := false;
     BEGIN
@@ -120,8 +119,9 @@ BEGIN
             one_by_one := true;
             RETURN;
         END IF;
-        -- The two that a deferred job with the same queueing lock causes are no errors: the job has lost its turn.
-        IF SQLSTATE NOT IN ('23505', '55P03') THEN
+        -- What a deferred job with the same queueing lock causes is no error: the job has lost its turn.
+        GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
+        IF SQLSTATE <> '55P03' AND violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
             UPDATE procrastinate_stalled.sweeps
                 SET error = coalesce(error, format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE))
                 WHERE id = sweep_id;
@@ -161,10 +161,13 @@ BEGIN
                 FROM procrastinate_stalled.rescues AS rescue
                 WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
                     AND NOT EXISTS (
-                        -- A job that can run again, and so can stall again.
+                        -- It counts towards max_rescues of a job that can run again, and so can stall again.
                         SELECT
                             FROM procrastinate_jobs AS job
-                            WHERE job.id = rescue.job_id AND job.status IN ('todo', 'doing', 'failed')
+                            WHERE rescue.action = 'retried'
+                                AND rescue.reason <> 'manual'
+                                AND job.id = rescue.job_id
+                                AND job.status IN ('todo', 'doing', 'failed')
                     )
                 ORDER BY rescue.rescued_at
                 LIMIT 1000
@@ -212,6 +215,8 @@ BEGIN
     END IF;
 
     sweep_id := procrastinate_stalled._begin_sweep(NULL, NULL);
+    -- Whatever ends the sweep from here on, its row and the orphans that it saw first remain.
+    COMMIT;
     FOR batch IN
         SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
     LOOP
@@ -261,6 +266,7 @@ DECLARE
     batch bigint[];
     result record;
     single bigint;
+    done integer := 0;
 BEGIN
     IF max_jobs <= 0 THEN
         RAISE EXCEPTION USING
@@ -298,19 +304,23 @@ BEGIN
     FOR batch IN
         SELECT job_ids
             FROM procrastinate_stalled._batches(
-                retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, max_jobs => retry_stalled_jobs.max_jobs
+                retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, least(max_jobs, 1000)
             )
     LOOP
+        EXIT WHEN done >= max_jobs;
+        batch := batch[1:coalesce(max_jobs - done, cardinality(batch))];
         result := procrastinate_stalled._rescue_batch(
             sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
         );
         RETURN QUERY SELECT * FROM unnest(result.rescued);
+        done := done + coalesce(cardinality(result.rescued), 0);
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
                     sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
                 );
                 RETURN QUERY SELECT * FROM unnest(result.rescued);
+                done := done + coalesce(cardinality(result.rescued), 0);
             END LOOP;
         END IF;
     END LOOP;

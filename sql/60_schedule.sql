@@ -8,16 +8,20 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._cron_database()
     SET search_path FROM CURRENT
 AS $$
 BEGIN
-    -- Not current_setting(), which raises for a role that may not see the setting.
-    RETURN (SELECT setting FROM pg_settings WHERE name = 'cron.database_name');
+    RETURN current_setting('cron.database_name', true);
+EXCEPTION WHEN insufficient_privilege THEN
+    -- The setting exists, but only members of pg_read_all_settings may see it.
+    RETURN '';
 END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._cron_database() IS
-    'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it, or this role may not see the setting (it needs pg_read_all_settings).';
+    'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it. Empty: this role may not see it.';
 
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron()
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron(
+    schedule text DEFAULT '* * * * *'
+)
     RETURNS void
     LANGUAGE plpgsql
     STABLE
@@ -28,16 +32,12 @@ DECLARE
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
         cron_database := procrastinate_stalled._cron_database();
-        IF cron_database <> current_database() THEN
+        IF cron_database IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
-                MESSAGE = format('pg_cron is not in database "%s"', current_database()),
-                DETAIL = format('On this server it lives in database "%s" (cron.database_name).', cron_database),
-                HINT = format(
-                    'In database "%s", as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(%L);',
-                    cron_database, 'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
-                    'procrastinate_stalled'
-                );
+                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+                DETAIL = 'The server has not loaded it (shared_preload_libraries).',
+                HINT = 'Add pg_cron to shared_preload_libraries, restart, CREATE EXTENSION pg_cron; or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).';
         ELSIF cron_database = current_database() THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
@@ -47,11 +47,16 @@ BEGIN
         ELSE
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
-                MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
-                DETAIL = 'The server has not loaded it (shared_preload_libraries), or it lives in another database and this role may not see in which.',
+                MESSAGE = format('pg_cron is not in database "%s"', current_database()),
+                DETAIL = CASE cron_database
+                    WHEN '' THEN 'It lives in the database that cron.database_name says, which this role may not see.'
+                    ELSE format('On this server it lives in database "%s" (cron.database_name).', cron_database)
+                END,
+                -- pg_cron keeps one job per name and role, so the name says which database it is for.
                 HINT = format(
-                    'Ask a superuser for pg_cron: where it lives, cron.schedule_in_database(%L, %L, %L, %L, %L) schedules for this database. Or sweep from outside: procrastinate-stalled sweep, or procrastinate_stalled.add_periodic_sweep(app).',
-                    'procrastinate_stalled', '* * * * *', 'CALL procrastinate_stalled.sweep()', current_database(), current_user
+                    'There, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+                    'procrastinate_stalled ' || current_database(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
+                    current_database(), 'CALL procrastinate_stalled.sweep()'
                 );
         END IF;
     END IF;
@@ -66,7 +71,7 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._require_pg_cron() IS
+COMMENT ON FUNCTION procrastinate_stalled._require_pg_cron(text) IS
     'Raises object_not_in_prerequisite_state or insufficient_privilege, with the way out, unless this role can use pg_cron in this database.';
 
 
@@ -83,7 +88,7 @@ DECLARE
     command CONSTANT text := 'CALL procrastinate_stalled.sweep()';
     existing record;
 BEGIN
-    PERFORM procrastinate_stalled._require_pg_cron();
+    PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
 
     IF NOT (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) THEN
         RAISE EXCEPTION USING
@@ -166,6 +171,6 @@ $$;
 COMMENT ON FUNCTION procrastinate_stalled.unschedule() IS
 $$Removes the pg_cron job that sweeps this database: the current role's; called by a superuser, everybody's.
 
-Returns whether there was one: false too where this role can see no pg_cron.
+Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
 insufficient_privilege (no USAGE on schema cron).$$;

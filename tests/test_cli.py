@@ -94,7 +94,7 @@ def test_uninstall_warns_of_the_job_that_it_cannot_remove(other_database_on_cron
 
     assert (done.returncode, done.stdout) == (OK, "Uninstalled.\n")
     assert done.stderr.startswith("Warning: ")
-    assert "SELECT cron.unschedule('procrastinate_stalled');" in done.stderr
+    assert "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = " in done.stderr
 
 
 def test_sql_prints_the_script_for_psql_and_needs_no_database() -> None:
@@ -355,7 +355,9 @@ def test_schedule_prints_the_statement_for_the_other_database_where_pg_cron_live
 ) -> None:
     done = run("schedule", database=other_database_on_cron_server)
 
-    expect_error(done, "pg_cron is not in database", hint="SELECT cron.schedule_in_database(")
+    expect_error(
+        done, "pg_cron is not in database", hint="There, as a role that may: SELECT cron.schedule_in_database("
+    )
     statement = re.search(r"SELECT cron\.schedule_in_database\(.*?\);", done.stderr)
     assert statement is not None
     with psycopg.connect(cron_server.conninfo("cron")) as connection:

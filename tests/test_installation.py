@@ -500,7 +500,7 @@ def test_an_uninstall_warns_of_the_job_that_it_cannot_remove(
 
     (warning,) = caplog.messages
     assert "was not removed" in warning
-    assert "SELECT cron.unschedule('procrastinate_stalled');" in warning
+    assert "SELECT cron.unschedule(jobid) FROM cron.job WHERE database = " in warning
     caplog.clear()
     assert uninstall(other_database_on_cron_server) is False
     assert caplog.messages == []

@@ -7,7 +7,10 @@ BEGIN
     END IF;
 EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN
     RAISE WARNING 'the pg_cron job of procrastinate_stalled, if there is one, was not removed: %', SQLERRM
-        USING HINT = 'In the database where pg_cron lives: SELECT cron.unschedule(''procrastinate_stalled'');';
+        USING HINT = format(
+            'In the database where pg_cron lives: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+            current_database(), 'CALL procrastinate_stalled.sweep()'
+        );
 END;
 $$;
 
