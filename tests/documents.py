@@ -1,0 +1,306 @@
+"""Reads the Markdown documents, and runs what stands in them.
+
+A block of language `sh`, `sql` or `python` is run. A block of language `text` directly after it is what it prints,
+errors included; without such a block it prints nothing. A comment such as `<!-- test: installed -->` brings about what
+the reader is told has happened: it calls the method `setup_installed` of `Scene`.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from procrastinate_stalled import Stalled, install, uninstall
+from tests.jobs import add_job, add_worker, update_job
+from tests.server import PROJECT, Server, install_procrastinate
+from tests.wait import wait_until
+from tests.worker import Worker, start_worker
+
+DATABASE = "app"
+ROLE = "app"
+
+# What differs from one run to the next. Everything else is compared to the letter.
+VARIABLE = [
+    (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?([+-]\d\d(:?\d\d)?)?", "<time>"),
+    (r"\b\d\d:\d\d:\d\d\.\d+", "<duration>"),
+    (r"\bline \d+ at\b", "line <n> at"),
+    # The widths of columns.
+    (r"[-─]{3,}", "---"),
+    (r"[ \t]+", " "),
+]
+
+
+def parse(document: Path) -> list[Token]:
+    """Return the tokens of a document, which is CommonMark with GitHub's tables."""
+    return MarkdownIt("commonmark").enable("table").parse(document.read_text())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something in a document that is to be run."""
+
+    language: str
+    """That of the block; `comment` for a comment; empty for an indented block."""
+    line: int
+    text: str
+    output: str = ""
+
+
+def steps(document: Path) -> list[Step]:
+    """Return all blocks and comments of a document, also those which `Scene.run` does not understand."""
+    found: list[Step] = []
+    takes_output = False
+    for token in parse(document):
+        if token.type == "fence" and token.info == "text" and takes_output:
+            found[-1] = replace(found[-1], output=token.content)
+            takes_output = False
+        elif token.type in {"fence", "code_block", "html_block"} and token.map is not None:
+            language = "comment" if token.type == "html_block" else token.info
+            found.append(Step(language, token.map[0] + 1, token.content))
+            takes_output = language in {"sh", "sql", "python"}
+        else:
+            takes_output = False
+    return found
+
+
+def normalize(output: str) -> str:
+    """Return an output without what differs from one run to the next."""
+    for pattern, replacement in VARIABLE:
+        output = re.sub(pattern, replacement, output)
+    return "".join(f"{line.strip()}\n" for line in output.splitlines() if line.strip())
+
+
+def problem_of_unrunnable(line: str) -> str:
+    """Return what is wrong with a command that cannot be run within a test: one of `make`, or of `pip`."""
+    name, *arguments = shlex.split(line)
+    if name == "make":
+        known = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+        if not re.search(rf"^make {re.escape(arguments[0])} ", known, re.MULTILINE):
+            return f"make help does not list the target {arguments[0]}"
+        return subprocess.run(
+            ["make", "-n", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+        ).stderr
+    if name == "pip":
+        project = metadata.metadata("procrastinate-stalled")
+        extras = project.get_all("Provides-Extra", [])
+        allowed = [["install", project["Name"]], *(["install", f"{project['Name']}[{extra}]"] for extra in extras)]
+        return "" if arguments in allowed else f"not one of {allowed}"
+    return f"{name} cannot stand in one block with make or pip"
+
+
+class Scene:
+    """A server of its own for one document.
+
+    It has a database `app` with pg_cron and Procrastinate. The role `app` owns that database, and is no superuser.
+    """
+
+    def __init__(self, server: Server, folder: Path, workers: ExitStack) -> None:
+        self.server = server
+        self.folder = folder
+        self.workers = workers
+        self.superuser = server.conninfo(DATABASE)
+        self.owner = make_conninfo(self.superuser, user=ROLE)
+        self._execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(ROLE)))
+        self._execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(sql.Identifier(DATABASE), sql.Identifier(ROLE)))
+        install_procrastinate(self.owner)
+
+    def run(self, step: Step) -> str:
+        """Run a step and return what it prints; an exit status other than 0 is the last line of that."""
+        if step.language == "comment":
+            setup = re.fullmatch(r"<!-- test: (\w+) -->\n", step.text)
+            if setup is None:
+                raise ValueError(f"not a comment of the form <!-- test: installed -->: {step.text}")
+            getattr(self, f"setup_{setup[1]}")()
+            return ""
+        if step.language == "sh" and re.search(r"^(make|pip) ", step.text, re.MULTILINE):
+            return "".join(map(problem_of_unrunnable, step.text.splitlines()))
+        commands = {
+            "sh": ["bash", "-o", "pipefail", "-c", step.text],
+            "sql": ["psql", "--no-psqlrc"],
+            # Imported, as the modules of a program are.
+            "python": [sys.executable, "-c", "import snippet"],
+        }
+        if step.language not in commands:
+            raise ValueError(
+                f"nobody runs a block of language {step.language!r} here; one of language 'text' directly follows "
+                "the block whose output it is"
+            )
+        (self.folder / "snippet.py").write_text(step.text)
+        done = subprocess.run(
+            commands[step.language],
+            cwd=self.folder,
+            env=self._environment(),
+            input=step.text if step.language == "sql" else "",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return done.stdout + (f"exit status {done.returncode}\n" if done.returncode else "")
+
+    def _environment(self) -> dict[str, str]:
+        bindir = subprocess.run([PROJECT / "scripts" / "postgresql-bindir"], capture_output=True, text=True, check=True)
+        return {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), bindir.stdout.strip(), os.environ["PATH"]]),
+            "HOME": str(self.folder),
+            "LC_ALL": "C.UTF-8",
+            "TZ": "UTC",
+            "COLUMNS": "100",
+            "PGHOST": self.server.host,
+            "PGPORT": str(self.server.port),
+            "PGUSER": ROLE,
+            "PGDATABASE": DATABASE,
+        }
+
+    def _execute(
+        self, query: LiteralString | sql.SQL | sql.Composed, *parameters: object, conninfo: str | None = None
+    ) -> None:
+        with psycopg.connect(conninfo or self.superuser, autocommit=True) as connection:
+            connection.execute(query, parameters)
+
+    def _wait_until(self, query: LiteralString, what: str, seconds: float = 30) -> None:
+        """Wait until a query returns a row."""
+        with psycopg.connect(self.superuser, autocommit=True) as connection:
+            wait_until(lambda: connection.execute(query).rowcount, what, seconds)
+
+    def _create_database(self, dbname: str) -> str:
+        statement = sql.SQL("CREATE DATABASE {} OWNER {}")
+        self._execute(statement.format(sql.Identifier(dbname), sql.Identifier(ROLE)))
+        return make_conninfo(self.owner, dbname=dbname)
+
+    def _start_worker(self, queue: str) -> Worker:
+        log = self.folder / f"worker-{queue}.log"
+        worker = start_worker(self.owner, log, "tests.shop.app", queues=[queue])
+        self.workers.callback(worker.kill)
+        return worker
+
+    # What the documents say has happened.
+
+    def setup_installed(self) -> None:
+        """The product is installed."""
+        install(self.owner)
+
+    def setup_not_installed(self) -> None:
+        """The product is not installed."""
+        uninstall(self.owner)
+
+    def setup_a_worker_was_killed_and_pg_cron_has_swept(self) -> None:
+        """A worker was killed in the middle of job 1, 10 minutes ago, and another one has finished it since."""
+        self._execute(
+            "INSERT INTO procrastinate_jobs (queue_name, task_name) VALUES ('emails', 'shop.emails.newsletter')",
+            conninfo=self.owner,
+        )
+        victim = self._start_worker("emails")
+        self._wait_until("SELECT FROM procrastinate_jobs WHERE status = 'doing'", "the job has started")
+        victim.kill()
+        self._start_worker("emails")
+        self._execute(
+            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '10 minutes' WHERE id = %s", victim.id
+        )
+        self._wait_until(
+            "SELECT FROM procrastinate_jobs WHERE status = 'succeeded'",
+            "another worker has finished the job",
+            seconds=90,
+        )
+        self._wait_until("SELECT FROM cron.job_run_details WHERE status = 'succeeded'", "pg_cron has noted its run")
+
+    def setup_a_database_without_pg_cron(self) -> None:
+        """There is a database `shop` like `app`, but without pg_cron."""
+        shop = self._create_database("shop")
+        install_procrastinate(shop)
+        install(shop)
+
+    def setup_jobs_of_dead_workers(self) -> None:
+        """The worker of the jobs 2, 3 and 5 is silent, a living one runs job 6, and job 7 is an orphan."""
+        self.workers.close()
+        # First: a worker that starts deletes the rows of silent ones.
+        self._start_worker("reports")
+        with psycopg.connect(self.owner) as connection:
+            lost: dict[str, Any] = {"worker_id": add_worker(connection, silent_for=1200), "started_ago": 1300}
+            remind: dict[str, Any] = {
+                "queue_name": "emails",
+                "task_name": "shop.emails.remind",
+                "queueing_lock": "order 7",
+            }
+            add_job(connection, queue_name="emails", task_name="shop.emails.send", **lost)
+            add_job(connection, **remind, **lost)
+            add_job(connection, "todo", **remind)
+            add_job(connection, queue_name="billing", task_name="shop.billing.charge", **lost)
+            add_job(connection, "todo", queue_name="reports", task_name="shop.reports.build")
+            add_job(connection, queue_name="emails", task_name="shop.emails.send")
+        self._wait_until(
+            "SELECT FROM procrastinate_jobs WHERE queue_name = 'reports' AND status = 'doing'", "job 6 has started"
+        )
+
+    def setup_all_workers_were_killed(self) -> None:
+        """No worker is alive."""
+        self.workers.close()
+
+    def setup_a_yoyo_was_killed(self) -> None:
+        """There is a lock that nobody will remove."""
+        self._execute("INSERT INTO yoyo_lock (locked, ctime, pid) VALUES (1, now(), 4711)")
+
+    def setup_installed_by_yoyo(self) -> None:
+        """The product was installed by the plain `yoyo` command."""
+        command = "yoyo apply --batch --database postgresql+psycopg:// package:procrastinate_stalled:migrations"
+        output = self.run(Step("sh", 0, command))
+        if output:
+            raise RuntimeError(output)
+
+    def setup_two_procrastinates_in_database_shop(self) -> None:
+        """There is a database `shop` with a Procrastinate in each of two schemas."""
+        shop = self._create_database("shop")
+        for schema in ("sales", "stock"):
+            self._execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)), conninfo=shop)
+            install_procrastinate(make_conninfo(shop, options=f"-c search_path={schema}"))
+
+    def setup_pg_cron_of_database_app_sweeps_database_shop(self) -> None:
+        """The sweep is scheduled for a database without pg_cron."""
+        self._execute(
+            """
+            SELECT cron.schedule_in_database(
+                'procrastinate_stalled shop', '* * * * *', 'CALL procrastinate_stalled.sweep()', 'shop', 'app'
+            )
+            """
+        )
+
+    def setup_a_database_without_procrastinate(self) -> None:
+        """There is an empty database `empty`."""
+        self._create_database("empty")
+
+    def setup_four_jobs(self) -> None:
+        """There are the four jobs of docs/rules.md."""
+        with psycopg.connect(self.owner) as connection:
+            lost: dict[str, Any] = {"worker_id": add_worker(connection, silent_for=1200), "started_ago": 1300}
+            add_job(connection, queue_name="emails", task_name="shop.emails.send", **lost)
+            add_job(connection, queue_name="reports", task_name="shop.reports.build", **lost)
+            billing: dict[str, Any] = {
+                "queue_name": "billing",
+                "task_name": "shop.billing.charge",
+                "args": {"customer": 7},
+            }
+            add_job(connection, **billing, **lost)
+            alive = add_worker(connection)
+            add_job(
+                connection, queue_name="imports", task_name="shop.imports.read", worker_id=alive, started_ago=3 * 3600
+            )
+
+    def setup_job_1_has_been_retried_three_times(self) -> None:
+        """Job 1 has lost four workers."""
+        with psycopg.connect(self.owner, autocommit=True) as connection:
+            for _ in range(3):
+                Stalled(connection).retry_stalled_jobs(task_name="shop.emails.send")
+                update_job(connection, 1, status="doing", worker_id=add_worker(connection, silent_for=1200))
