@@ -136,43 +136,47 @@ def test_each_batch_is_a_transaction_of_its_own(connection: Connection) -> None:
     assert get_sweeps(connection) == [sweep_row(doing=5, retried=5)]
 
 
+@pytest.mark.parametrize("count", [0, 4])
 @pytest.mark.parametrize("end", ["pg_cancel_backend", "pg_terminate_backend"])
-def test_a_sweep_that_is_ended_from_outside_leaves_its_batches_and_their_counts(
-    end: LiteralString, connect: Connect, connection: Connection
+def test_a_sweep_that_is_ended_from_outside_leaves_its_row_and_the_batches_that_it_counts(
+    end: LiteralString, count: int, connect: Connect, connection: Connection
 ) -> None:
     add_points(connection)
     job_ids = [add_stalled_job(connection) for _ in range(6)]
-    update_job(connection, job_ids[4], task_name="pause")
+    update_job(connection, job_ids[count], task_name="pause")
+    unfinished = ["todo"] * count + ["doing"] * (6 - count)
 
     with paused(connect, Point.WITHIN_UPDATE, "CALL procrastinate_stalled.sweep(batch_size => 2)") as sweep:
-        assert statuses(connection, job_ids) == ["todo"] * 4 + ["doing"] * 2
-        assert get_sweeps(connection) == [sweep_row(doing=6, retried=4)]
+        assert statuses(connection, job_ids) == unfinished
+        assert get_sweeps(connection) == [sweep_row(doing=6, retried=count)]
 
         connection.execute(f"SELECT {end}(%s)", [sweep.sweep.pid])
         with pytest.raises(psycopg.OperationalError):
             sweep.sweep.result()
 
-    assert statuses(connection, job_ids) == ["todo"] * 4 + ["doing"] * 2
-    assert rescued(connection) == job_ids[:4]
-    assert get_sweeps(connection) == [sweep_row(doing=6, retried=4)]
+    assert statuses(connection, job_ids) == unfinished
+    assert rescued(connection) == job_ids[:count]
+    assert get_sweeps(connection) == [sweep_row(doing=6, retried=count)]
     assert rows(connection, "SELECT duration FROM procrastinate_stalled.sweeps") == [{"duration": None}]
 
     connection.execute(SWEEP)
 
     assert rescued(connection) == job_ids
-    assert get_sweeps(connection)[1:] == [sweep_row(doing=2, retried=2)]
+    assert get_sweeps(connection)[1:] == [sweep_row(doing=6 - count, retried=6 - count)]
 
 
+# An error of an application, and one that only looks like a collision of queueing locks.
+@pytest.mark.parametrize("errcode", ["ZZ999", "23505"])
 @pytest.mark.parametrize("sweep", [SWEEP, "CALL procrastinate_stalled.sweep(batch_size => 2)", RESCUE])
 def test_a_job_that_cannot_be_changed_is_named_and_does_not_stop_the_others(
-    sweep: LiteralString, connection: Connection
+    sweep: LiteralString, errcode: LiteralString, connection: Connection
 ) -> None:
     first, broken, broken_too, last = [add_stalled_job(connection) for _ in range(4)]
     connection.execute(
         f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            RAISE EXCEPTION 'not this one' USING ERRCODE = 'ZZ999';
+            RAISE EXCEPTION 'not this one' USING ERRCODE = '{errcode}';
         END;
         $$;
         CREATE TRIGGER refuse BEFORE UPDATE ON procrastinate_jobs
@@ -184,7 +188,7 @@ def test_a_job_that_cannot_be_changed_is_named_and_does_not_stop_the_others(
 
     assert statuses(connection, [first, broken, broken_too, last]) == ["todo", "doing", "doing", "todo"]
     assert rescued(connection) == [first, last]
-    error = f"job {broken}: not this one (ZZ999)"
+    error = f"job {broken}: not this one ({errcode})"
     assert get_sweeps(connection) == [sweep_row(doing=4, retried=2, waiting=2, error=error)]
 
     connection.execute("DROP TRIGGER refuse ON procrastinate_jobs")
