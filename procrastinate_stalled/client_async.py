@@ -123,6 +123,8 @@ class AsyncStalled:
         ------
         psycopg.errors.InvalidParameterValue
             The seconds are zero, negative, NaN or above 100 years, or ``max_jobs`` is not positive.
+        psycopg.errors.LockNotAvailable
+            Another session has locked the whole table of jobs.
         """
         return await self._fetch(
             Rescue,
@@ -222,6 +224,8 @@ class AsyncStalled:
             The connection is not in autocommit mode, or a transaction is open.
         psycopg.errors.InvalidParameterValue
             ``batch_size`` is not positive.
+        psycopg.errors.LockNotAvailable
+            Another session has locked the whole table of jobs.
         """
         async with AsyncCursor(self.connection) as cursor:
             await cursor.execute(

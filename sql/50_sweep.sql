@@ -30,6 +30,28 @@ COMMENT ON FUNCTION procrastinate_stalled._can_sweep(integer) IS
     'Whether sweep() can start: false, with a notice, on a standby. Raises invalid_parameter_value unless batch_size is above 0.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_jobs_table()
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+BEGIN
+    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job.
+    LOCK TABLE procrastinate_jobs IN ROW EXCLUSIVE MODE;
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION USING
+        ERRCODE = 'lock_not_available',
+        MESSAGE = 'the table procrastinate_jobs is locked by another session',
+        DETAIL = 'No job can be changed meanwhile, by workers neither: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
+        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ''procrastinate_jobs''::regclass AND granted);';
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._lock_jobs_table() IS
+    'Takes the table lock of an UPDATE of jobs until the transaction ends. Raises lock_not_available when another session holds a lock on the table that forbids it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
     queue text,
     task_name text
@@ -43,6 +65,7 @@ AS $$
 DECLARE
     sweep_id bigint;
 BEGIN
+    PERFORM procrastinate_stalled._lock_jobs_table();
     PERFORM procrastinate_stalled._note_orphans();
     INSERT INTO procrastinate_stalled.sweeps (doing)
         SELECT count(*)
@@ -109,6 +132,7 @@ DECLARE
     violated_constraint text;
 BEGIN
     one_by_one := false;
+    PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
         rescued := ARRAY(
             SELECT rescue
@@ -138,7 +162,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
-    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job: one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is.';
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
@@ -242,7 +266,7 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+a transaction block), lock_not_available (the whole table procrastinate_jobs is locked). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -342,4 +366,4 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive.$$;
+or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;

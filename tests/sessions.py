@@ -10,10 +10,9 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg.abc import Params
 
+from tests.jobs import Connection
 from tests.server import Server, database_name
 from tests.wait import wait_until
-
-Connection = psycopg.Connection[Any]
 
 SWEEP: LiteralString = "CALL procrastinate_stalled.sweep()"
 
@@ -85,11 +84,6 @@ class Running:
         """Return once the statement waits for a lock of another session."""
         wait_until(lambda: self._ended() or self._waits(), "the statement waits for another session")
         assert not self._ended(), f"It did not wait: {self.future.result()}"
-
-    def waits(self) -> bool:
-        """Return whether the statement waits for a lock of another session, or else has ended; wait for either."""
-        wait_until(lambda: self._ended() or self._waits(), "the statement waits for another session, or has ended")
-        return not self._ended()
 
     def result(self) -> list[tuple[Any, ...]]:
         """Wait for the end of the statement and return its rows."""

@@ -1,5 +1,7 @@
 """Bad data and bad luck: one row or one cancelled sweep must not keep the other jobs from being rescued."""
 
+from typing import LiteralString
+
 import psycopg
 import pytest
 
@@ -16,7 +18,7 @@ from tests.jobs import (
 )
 from tests.server import PROJECT
 
-SWEEP = "CALL procrastinate_stalled.sweep()"
+SWEEP: LiteralString = "CALL procrastinate_stalled.sweep()"
 
 
 def refuse_to_change(connection: Connection, *job_ids: int) -> None:
@@ -166,3 +168,24 @@ def test_the_migration_refuses_to_run_outside_of_a_transaction(procrastinate_dat
             connection.execute(f"{statements[1]}$$;".encode())
         assert caught.value.diag.message_hint is not None
         assert "--single-transaction" in caught.value.diag.message_hint
+
+
+@pytest.mark.parametrize("lock", ["SHARE", "ACCESS EXCLUSIVE"])
+@pytest.mark.parametrize("sweep", [SWEEP, "SELECT procrastinate_stalled.retry_stalled_jobs()"])
+def test_a_lock_on_the_whole_table_ends_a_sweep_at_once_and_says_so(
+    connection: Connection, database: str, lock: str, sweep: LiteralString
+) -> None:
+    jobs = [add_stalled_job(connection) for _ in range(30)]
+    with psycopg.connect(database) as other:
+        other.execute(f"LOCK TABLE procrastinate_jobs IN {lock} MODE".encode())
+
+        connection.execute("SET statement_timeout = '2s'")  # 30 jobs one by one, 100 ms each, would take longer
+        with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
+            connection.execute(sweep)
+
+        assert caught.value.diag.message_primary == "the table procrastinate_jobs is locked by another session"
+        hint = (caught.value.diag.message_hint or "").partition("Who it is: ")[2]
+        pids = {row["pid"] for row in rows(connection, hint)}
+        assert other.info.backend_pid in pids
+    connection.execute(sweep)
+    assert {get_job(connection, job_id)["status"] for job_id in jobs} == {"todo"}

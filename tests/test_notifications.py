@@ -6,8 +6,8 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connect, RunWorker
-from tests.jobs import add_job, add_rule, add_stalled_job, add_worker, get_job, rows
-from tests.sessions import SWEEP, Connection
+from tests.jobs import Connection, add_job, add_rule, add_stalled_job, add_worker, get_job, rows
+from tests.sessions import SWEEP
 from tests.wait import wait_until
 
 ANY_QUEUE = "procrastinate_any_queue_v1"

@@ -10,9 +10,21 @@ from procrastinate.exceptions import UniqueViolation
 
 from tests.conftest import Connect, RunWorker
 from tests.job_manager import job_manager
-from tests.jobs import Row, add_job, add_rule, add_stalled_job, add_worker, get_events, get_job, rows, update_job
+from tests.jobs import (
+    Connection,
+    Row,
+    add_job,
+    add_rule,
+    add_stalled_job,
+    add_worker,
+    get_events,
+    get_job,
+    rows,
+    update_job,
+)
 from tests.server import Server
-from tests.sessions import SWEEP, Connection, Point, add_points, no_deadlock, paused, running
+from tests.sessions import SWEEP, Point, add_points, no_deadlock, paused, running
+from tests.wait import wait_until
 
 RESCUE: LiteralString = "SELECT * FROM procrastinate_stalled.retry_stalled_jobs()"
 DEFER: LiteralString = """
@@ -149,24 +161,27 @@ def test_a_job_with_both_locks_whose_sibling_waits_blocks_the_lock_for_ever_but_
     stalled = add_stalled_job(connection, task_name=task, lock="lock", queueing_lock="key")
     sibling = add_job(connection, "todo", task_name=task, lock="lock", queueing_lock="key")
     other = add_stalled_job(connection, task_name=task)
+    run_worker(database, stalled_worker_timeout=86400)
     manager = job_manager(connection)
-
-    def run_all_jobs() -> None:
-        assert run_worker(database, wait=False, stalled_worker_timeout=86400).wait() == 0
 
     async def retry_stalled_jobs() -> None:
         for job in await manager.get_stalled_jobs():
             await manager.retry_job(job)
 
+    def let_the_worker_run_all_that_it_can() -> None:
+        with connection.transaction():
+            last = add_job(connection, "todo", task_name=task, priority=-1)
+        wait_until(lambda: get_job(connection, last)["status"] == "succeeded", "the worker has nothing else to run")
+
     for _ in range(2):
         with pytest.raises(UniqueViolation):
             asyncio.run(retry_stalled_jobs())
-    run_all_jobs()
+    let_the_worker_run_all_that_it_can()
     statuses = [get_job(connection, job_id)["status"] for job_id in (stalled, sibling, other)]
     assert statuses == ["doing", "todo", "doing"]
 
     connection.execute(SWEEP)
-    run_all_jobs()
+    let_the_worker_run_all_that_it_can()
 
     assert is_ended_as_duplicate(connection, stalled, of=sibling)
     assert [get_job(connection, job_id)["status"] for job_id in (sibling, other)] == ["succeeded", "succeeded"]
@@ -221,6 +236,27 @@ def test_a_sibling_deferred_while_a_sweep_is_on_its_way_costs_only_the_stalled_j
     assert is_retried(connection, before, after)
     assert get_job(connection, sibling["id"])["status"] == "todo"
     assert get_sweep(connection) == {"retried": 2, "failed": 1, "waiting": 0, "error": None}
+
+
+def test_a_sibling_deferred_in_the_last_moment_costs_the_stalled_job_its_turn_and_is_no_error(
+    connect: Connect, connection: Connection
+) -> None:
+    add_points(connection)
+    before = add_stalled_job(connection)
+    stalled = add_stalled_job(connection, task_name="pause", queueing_lock="key")
+    after = add_stalled_job(connection)
+
+    with paused(connect, Point.WITHIN_UPDATE, "CALL procrastinate_stalled.sweep(batch_size => 1)") as sweep:
+        (sibling,) = rows(connection, DEFER)
+        sweep.resume()
+
+    assert is_untouched(connection, stalled)
+    assert is_retried(connection, before, after)
+    assert get_sweep(connection) == {"retried": 2, "failed": 0, "waiting": 1, "error": None}
+
+    connection.execute(SWEEP)
+
+    assert is_ended_as_duplicate(connection, stalled, of=sibling["id"])
 
 
 @pytest.mark.parametrize("committed", [True, False])

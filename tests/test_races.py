@@ -17,6 +17,7 @@ from psycopg import sql
 
 from tests.conftest import Connect
 from tests.jobs import (
+    Connection,
     add_job,
     add_orphan_note,
     add_rule,
@@ -28,7 +29,7 @@ from tests.jobs import (
     update_job,
 )
 from tests.server import Server, database_name
-from tests.sessions import SWEEP, Connection, Point, add_points, no_deadlock, paused, running
+from tests.sessions import SWEEP, Point, add_points, no_deadlock, paused, running
 
 NAME = operator.attrgetter("name")
 RESCUE: LiteralString = "SELECT * FROM procrastinate_stalled.retry_stalled_jobs()"

@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 from procrastinate_stalled import install
 from tests.conftest import Connect
 from tests.jobs import (
+    Connection,
     Row,
     add_job,
     add_rule,
@@ -27,7 +28,7 @@ from tests.jobs import (
     update_job,
 )
 from tests.server import FAST, PG_CTL, PROJECT, Server, database_name, install_procrastinate
-from tests.sessions import SWEEP, Connection, Point, add_points, paused
+from tests.sessions import SWEEP, Point, add_points, paused
 
 RESCUE: LiteralString = "SELECT procrastinate_stalled.retry_stalled_jobs()"
 
