@@ -942,6 +942,9 @@ def test_no_rule_that_is_accepted_makes_a_sweep_fail(
         ("keep_rescues", "100 years 1 second", "settings_keep_rescues_in_range"),
         ("keep_sweeps", "-1 second", "settings_keep_sweeps_in_range"),
         ("keep_sweeps", "100 years 1 second", "settings_keep_sweeps_in_range"),
+        ("outage_grace", "5000000 years -1799999999 days", "settings_outage_grace_in_range"),
+        ("keep_rescues", "5000000 years -1799999999 days", "settings_keep_rescues_in_range"),
+        ("keep_sweeps", "5000000 years -1799999999 days", "settings_keep_sweeps_in_range"),
     ],
 )
 def test_a_bad_setting_is_refused(transaction: Connection, column: str, value: object, constraint: str) -> None:
