@@ -191,7 +191,15 @@ def test_jobs_that_wait_do_not_use_up_max_jobs(transaction: Connection) -> None:
     assert [rescue.job_id for rescue in Stalled(transaction).retry_stalled_jobs(max_jobs=1)] == [job]
 
 
-def test_a_dry_run_and_the_search_work_where_nothing_can_be_written(transaction: Connection) -> None:
+def test_jobs_that_another_session_has_locked_do_not_use_up_max_jobs(connect: Connect) -> None:
+    connection = connect()
+    jobs = [add_stalled_job(connection) for _ in range(4)]
+    other = connect(autocommit=False)
+    other.execute("SELECT FROM procrastinate_jobs WHERE id = %s FOR UPDATE", [jobs[0]])
+    assert [rescue.job_id for rescue in Stalled(connection).retry_stalled_jobs(max_jobs=2)] == jobs[1:3]
+
+
+def test_a_dry_run_works_where_nothing_can_be_written(transaction: Connection) -> None:
     job = add_stalled_job(transaction)
     transaction.execute("SET LOCAL transaction_read_only = on")
     (rescue,) = Stalled(transaction).retry_stalled_jobs(dry_run=True)
