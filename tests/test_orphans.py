@@ -131,7 +131,9 @@ def test_a_sweep_forgets_an_orphan_that_is_not_running_any_more(minute: Connecti
     assert [note["job_id"] for note in notes(minute)] == [other]
 
 
-def test_a_rescued_orphan_is_forgotten_by_the_next_sweep(minute: Connection) -> None:
+@pytest.mark.parametrize("action", ["retry", "fail"])
+def test_a_rescued_orphan_is_forgotten_by_the_next_sweep(minute: Connection, action: str) -> None:
+    minute.execute("UPDATE procrastinate_stalled.rules SET action = %s", [action])
     job = add_job(minute)
     sweep(minute)
     let_time_pass(minute, 60)

@@ -19,6 +19,7 @@ from tests.job_manager import job_manager
 from tests.jobs import (
     Connection,
     Row,
+    add_event,
     add_job,
     add_rule,
     add_stalled_job,
@@ -111,6 +112,7 @@ def test_it_returns_its_row_of_rescues(transaction: Connection) -> None:
     transaction.execute("SET LOCAL application_name = 'night watch'")
     worker = add_worker(transaction, silent_for=7)
     job = add_job(transaction, worker_id=worker, started_ago=60, attempts=4, queue_name="mail", task_name="send")
+    add_event(transaction, job, "started", ago=3600)
     at = datetime(2100, 1, 1, tzinfo=UTC)
 
     rescue = Stalled(transaction).retry_job(job, retry_at=at, queue="slow")

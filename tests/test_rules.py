@@ -431,6 +431,16 @@ def test_retries_of_other_jobs_do_not_count_towards_max_rescues(no_rules: Connec
     assert judge(no_rules).action == "retry"
 
 
+def test_ends_of_the_same_job_do_not_count_towards_max_rescues(no_rules: Connection) -> None:
+    add_rule(no_rules, "end", action="fail")
+    job = add_stalled_job(no_rules)
+    assert [rescue.action for rescue in sweep(no_rules)] == ["failed"]
+    no_rules.execute("SELECT procrastinate_retry_job_v2(%s, NULL, NULL, NULL, NULL)", [job])
+    lose_again(no_rules, job)
+    add_rule(no_rules, "retry", position=1, max_rescues=1)
+    assert judge(no_rules).action == "retry"
+
+
 def test_retries_by_hand_do_not_count_towards_max_rescues(no_rules: Connection) -> None:
     add_rule(no_rules, "r", max_rescues=1)
     job = add_stalled_job(no_rules)
