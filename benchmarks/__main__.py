@@ -18,6 +18,7 @@ from rich.table import Table
 
 from benchmarks.documented_task import app, retry_stalled_jobs
 from procrastinate_stalled import install
+from tests.jobs import pretend_old_server
 from tests.server import DURABLE, install_procrastinate, throwaway_server
 
 JOBS = 10_000
@@ -29,6 +30,7 @@ TRUNCATE procrastinate_stalled.rescues;
 INSERT INTO procrastinate_workers (last_heartbeat)
     SELECT now() - interval '1 hour'
         FROM generate_series(1, 100);
+INSERT INTO procrastinate_workers DEFAULT VALUES; -- without a living one nothing is put back
 INSERT INTO procrastinate_jobs (queue_name, task_name, args)
     SELECT 'default', 'benchmark', jsonb_build_object('number', number)
         FROM generate_series(1, {jobs}) AS number;
@@ -70,6 +72,8 @@ def measure() -> list[tuple[float, float]]:
         conninfo = server.create_database("benchmark")
         install_procrastinate(conninfo)
         install(conninfo)
+        with psycopg.connect(conninfo) as connection:
+            pretend_old_server(connection)
         methods: list[Callable[[], object]] = [
             lambda: asyncio.run(documented_task(conninfo)),
             lambda: sweep(conninfo),

@@ -63,7 +63,8 @@ QUERIES = {
                     FROM pg_attribute AS attribute
                     JOIN pg_class AS class ON class.oid = attribute.attrelid
                     WHERE class.relnamespace = 'procrastinate_stalled'::regnamespace
-                        AND class.relkind IN ('r', 'p', 'v', 'm', 'c')
+                        -- Those of an internal type are explained where they are used.
+                        AND (class.relkind IN ('r', 'p', 'v', 'm') OR (class.relkind = 'c' AND class.relname !~ '^_'))
                         AND attribute.attnum > 0
                         AND NOT attribute.attisdropped
             ) AS object (classid, objid, objsubid)

@@ -19,6 +19,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     on_duplicate text NOT NULL DEFAULT 'fail',
     note text,
     CONSTRAINT rules_name_not_empty CHECK (name <> ''),
+    CONSTRAINT rules_expires_at_finite CHECK (isfinite(expires_at)),
+    CONSTRAINT rules_first_position_is_for_pauses CHECK (position > -2147483648 OR (action = 'ignore' AND expires_at IS NOT NULL)),
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
     CONSTRAINT rules_args_is_an_object CHECK (jsonb_typeof(args) = 'object'),
@@ -44,14 +46,14 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
 COMMENT ON TABLE procrastinate_stalled.rules IS
     'Which jobs, when they count as stalled, and what to do then. Edit it with INSERT, UPDATE and DELETE. A job obeys the first enabled, unexpired rule that matches it, by position, then name; a job that no rule matches is never touched.';
 COMMENT ON COLUMN procrastinate_stalled.rules.name IS 'Unique name; rescues.rule_name refers to it.';
-COMMENT ON COLUMN procrastinate_stalled.rules.position IS 'Order in which the rules are tried, lowest first; equal positions by name.';
+COMMENT ON COLUMN procrastinate_stalled.rules.position IS 'Order in which the rules are tried, lowest first; equal positions by name. The lowest integer, -2147483648, is for pauses.';
 COMMENT ON COLUMN procrastinate_stalled.rules.enabled IS 'A rule that is not enabled matches nothing.';
-COMMENT ON COLUMN procrastinate_stalled.rules.expires_at IS 'The rule matches nothing from then on. NULL: it never expires.';
+COMMENT ON COLUMN procrastinate_stalled.rules.expires_at IS 'The rule matches nothing from then on. NULL: it never expires. A rule that ignores jobs until it expires is a pause: pause() makes such rules.';
 COMMENT ON COLUMN procrastinate_stalled.rules.queue_name IS 'Matches jobs of exactly this queue. NULL: of any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.task_name IS 'Matches jobs whose task name is LIKE this pattern, such as billing.% (an underscore stands for any one character, \_ for itself). NULL: any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.args IS 'Matches jobs whose args contain this JSON object (job.args @> rule.args). NULL: any.';
-COMMENT ON COLUMN procrastinate_stalled.rules.heartbeat_timeout IS 'A job is stalled when its worker has not been heard of for so long; an orphan, when a sweep first saw it so long ago. NULL: silence never counts. Longer than 0, at most 10 years.';
-COMMENT ON COLUMN procrastinate_stalled.rules.run_timeout IS 'A job is stalled when its last started event is so long ago, whatever its worker says. NULL: no limit. Longer than 0, at most 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.rules.heartbeat_timeout IS 'A job is stalled when its worker has not been heard of for so long; an orphan, when a sweep first saw it so long ago. The time in which the server was down does not count, see settings.outage_grace. NULL: silence never counts. Longer than 0, at most 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.rules.run_timeout IS 'A job is stalled when its last started event is so long ago, whatever its worker says, also while no worker is alive. NULL: no limit. Longer than 0, at most 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.rules.action IS 'retry: back to todo. fail: end it as failed. ignore: never touch it.';
 COMMENT ON COLUMN procrastinate_stalled.rules.max_rescues IS 'After so many retries of the same job by sweeps it is failed, not retried: it probably kills its workers. Retries by retry_job() do not count. NULL: no limit.';
 COMMENT ON COLUMN procrastinate_stalled.rules.retry_delay IS 'Wait before the first retry of a job, from 0 to 1 day. A job that has a lock is retried at once whatever stands here: while it waits, it would block every job with its lock.';
@@ -85,8 +87,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.settings (
 
 COMMENT ON TABLE procrastinate_stalled.settings IS 'One row of settings. Edit it with UPDATE.';
 COMMENT ON COLUMN procrastinate_stalled.settings.only_row IS 'Always true: there is one row.';
-COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'Replaces a shorter heartbeat_timeout for workers not heard of since the server was last unavailable. From 0 to 10 years. Version 0.1.0 stores it and does not act on it yet.';
-COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence only while some worker is alive. Version 0.1.0 stores it and does not act on it yet.';
+COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'A worker can lose its heartbeat for good while the server is down, and still finish its jobs. So the silence of workers that were not heard of since the server last became available counts from that moment, and for at least so long. From 0 to 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence and on orphans only while some worker is alive: one was heard of within half of the rule''s heartbeat_timeout. Without one nobody could run the retried job, and a cut network looks just like that. A run_timeout is acted upon all the same.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
 
@@ -148,10 +150,12 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     waiting integer NOT NULL DEFAULT 0,
     held integer NOT NULL DEFAULT 0,
     held_reason text,
+    newest_worker_id bigint,
     error text
 );
 
 CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+CREATE INDEX IF NOT EXISTS sweeps_without_living_worker_idx ON procrastinate_stalled.sweeps (id) WHERE newest_worker_id IS NOT NULL;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';
@@ -163,8 +167,9 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.retried IS 'Stalled jobs put back
 COMMENT ON COLUMN procrastinate_stalled.sweeps.failed IS 'Stalled jobs ended as failed.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as aborted.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Stalled jobs deliberately not acted upon; 0 in version 0.1.0.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker, if jobs were held because none was alive. When one of these workers is heard again, the others have heartbeat_timeout from the last such sweep on to be heard too. NULL: none was held for that.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
 
 
@@ -233,9 +238,56 @@ COMMENT ON COLUMN procrastinate_stalled.stalled_job.started_at IS 'Its last star
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.rule_name IS 'The rule that it obeys. NULL: no rule matches.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.reason IS 'heartbeat, orphaned or run_timeout.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. NULL: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do: retry, fail, abort, wait (for the job named in duplicate_of) or ignore.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do now: retry, fail, abort, wait (for the job named in duplicate_of), hold (no worker is alive) or ignore.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, no living worker, rule, no rule.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.duplicate_of IS 'A job with the same queueing lock that is in todo, or that is stalled too and would be retried first.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_at IS 'When the retry would start. NULL: at once.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_queue_name IS 'The queue of the retry. NULL: unchanged.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_priority IS 'The priority of the retry. NULL: unchanged.';
+
+
+DO $$
+BEGIN
+    IF to_regtype('procrastinate_stalled.explained_job') IS NULL THEN
+        CREATE TYPE procrastinate_stalled.explained_job AS (
+            job_id bigint,
+            queue_name text,
+            task_name text,
+            status text,
+            attempts integer,
+            worker_id bigint,
+            last_heartbeat timestamp with time zone,
+            seen_at timestamp with time zone,
+            started_at timestamp with time zone,
+            available_since timestamp with time zone,
+            rule_name text,
+            verdict text,
+            reason text,
+            stalled_at timestamp with time zone,
+            action text,
+            detail text,
+            sentence text
+        );
+    END IF;
+END;
+$$;
+
+COMMENT ON TYPE procrastinate_stalled.explained_job IS
+    'The judgement of one job, stalled or not, with the evidence, and a sentence that says it.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.job_id IS 'procrastinate_jobs.id.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.queue_name IS 'procrastinate_jobs.queue_name.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.task_name IS 'procrastinate_jobs.task_name.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.status IS 'procrastinate_jobs.status. NULL: no such job.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.attempts IS 'procrastinate_jobs.attempts: the runs before this one.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.worker_id IS 'The worker that fetched it. NULL: an orphan, whose worker row is gone, or not in doing.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.last_heartbeat IS 'The last heartbeat of its worker.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.seen_at IS 'When a sweep first saw that its worker row is gone. NULL: it is not gone, or no sweep has seen it yet.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.started_at IS 'Its last started event.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.available_since IS 'When the server last became available for writes: its start, the end of a crash recovery, or its promotion.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.rule_name IS 'The rule that it obeys: the first one that matches, which may be a pause. NULL: no rule matches.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.verdict IS 'stalled, running, held (it would be stalled, but no worker is alive or a pause is in force), ignored (by its rule, or no rule matches), not doing, no such job.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.reason IS 'The evidence by which stalled_at is reached: heartbeat, orphaned or run_timeout.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.stalled_at IS 'When it counts as stalled unless something happens before: a heartbeat, its end. NULL: never by its rule.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.action IS 'What a sweep would do then, as things stand now: retry, fail, abort, wait (for a job with the same queueing lock) or ignore.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.sentence IS 'All of that in words. Times of day are in the TimeZone of the session.';

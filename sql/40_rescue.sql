@@ -53,7 +53,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
 AS $$
 #variable_conflict use_column
 DECLARE
-    candidates procrastinate_stalled.stalled_job[];
+    candidates procrastinate_stalled._judged_job[];
     silent_workers bigint[];
     rescued procrastinate_stalled.rescues[];
     to_wake bigint[] := ARRAY[]::bigint[];
@@ -64,7 +64,7 @@ BEGIN
         candidates := ARRAY(
             SELECT judged
                 FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest) AS judged
-                WHERE judged.action IN ('retry', 'fail', 'abort')
+                WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
         );
 
         -- A worker that beat since it was judged is dropped from the silent ones, and with it its jobs.

@@ -100,7 +100,7 @@ BEGIN
     WITH to_rescue AS (
         SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
             FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
-            WHERE judged.action IN ('retry', 'fail', 'abort')
+            WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
     )
     SELECT array_agg(id ORDER BY id)
         FROM to_rescue
@@ -207,10 +207,14 @@ BEGIN
                 FOR UPDATE OF sweep SKIP LOCKED
         );
     UPDATE procrastinate_stalled.sweeps
-        SET waiting = (
-                SELECT count(*)
+        SET (waiting, held, held_reason, newest_worker_id) = (
+                SELECT count(*) FILTER (WHERE verdict = 'stalled'),
+                       count(*) FILTER (WHERE verdict = 'held'),
+                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held'),
+                       CASE WHEN bool_or(verdict = 'held' AND pause_name IS NULL) THEN (
+                           SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker
+                       ) END
                     FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
-                    WHERE action <> 'ignore'
             ),
             duration = clock_timestamp() - started_at
         WHERE id = sweep_id;
@@ -318,7 +322,7 @@ BEGIN
                    retry_at,
                    current_user || coalesce(' (' || nullif(current_setting('application_name'), '') || ')', '')
                 FROM procrastinate_stalled._judge(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time)
-                WHERE action IN ('retry', 'fail', 'abort')
+                WHERE verdict = 'stalled' AND action IN ('retry', 'fail', 'abort')
                 ORDER BY id
                 LIMIT max_jobs;
         RETURN;

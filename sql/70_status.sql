@@ -24,42 +24,68 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
+    -- Who has locked a table is told instead of waited for.
+    SET lock_timeout = '1s'
 AS $$
 #variable_conflict use_column
 DECLARE
+    rights CONSTANT text := format(
+        'As the owner: GRANT USAGE ON SCHEMA procrastinate_stalled TO %1$I; GRANT SELECT ON ALL TABLES IN SCHEMA procrastinate_stalled TO %1$I; GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA procrastinate_stalled TO %1$I; and SELECT on Procrastinate''s tables.',
+        current_user
+    );
+    damaged CONSTANT text := 'The installation is damaged. To make it anew, without its rules and records: procrastinate-stalled uninstall && procrastinate-stalled install';
+    sweeping_role text := current_user::text;
     cron_job_id bigint;
     cron_job record;
     cron_run record;
     last_sweep record;
-    counts record;
+    facts record;
 BEGIN
     name := 'procrastinate';
     BEGIN
-        SELECT count(*) AS workers,
-               count(*) FILTER (WHERE last_heartbeat > now() - interval '30 seconds') AS alive
-            INTO counts
-            FROM procrastinate_workers;
-        level := CASE WHEN counts.alive > 0 THEN 'ok' ELSE 'warning' END;
-        detail := format('schema %s; %s of %s workers heard of in the last 30 s',
-            (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')), counts.alive, counts.workers);
-        hint := CASE WHEN counts.alive = 0 THEN 'Start a worker: without one nobody runs the jobs that are put back.' END;
+        -- No row is read: it is only asked whether this role may.
+        PERFORM FROM procrastinate_jobs, procrastinate_workers, procrastinate_events LIMIT 0;
+        SELECT schema,
+               to_regclass(format('%I.procrastinate_jobs_lock_idx_v1', schema)) IS NOT NULL AS has_index,
+               to_regproc(format('%I.procrastinate_retry_job_v2', schema)) IS NOT NULL AS can_retry_failed,
+               to_regproc(format('%I.procrastinate_defer_jobs_v1', schema)) IS NOT NULL AS can_defer_many
+            INTO facts
+            FROM (SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')) AS found (schema);
+        detail := format('schema %s, as of Procrastinate %s', facts.schema, CASE
+            WHEN facts.can_retry_failed THEN '3.4 or later'
+            WHEN facts.can_defer_many THEN '3.2 or 3.3'
+            ELSE '3.1'
+        END);
+        IF facts.has_index THEN
+            level := 'ok';
+            hint := NULL;
+        ELSE
+            level := 'warning';
+            detail := detail || '; its index procrastinate_jobs_lock_idx_v1 is missing, so each sweep reads all jobs that there ever were';
+            hint := 'Apply all migrations of your version of Procrastinate, pre and post.';
+        END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := 'Apply Procrastinate''s schema, or grant this role SELECT on its tables.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
     END;
     RETURN NEXT;
 
     name := 'schedule';
     BEGIN
         PERFORM procrastinate_stalled._require_pg_cron();
-        SELECT jobid, schedule, active, username
+        SELECT job.jobid,
+               job.schedule,
+               job.active,
+               job.username,
+               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username) AS can_log_in
             INTO cron_job
-            FROM cron.job
-            WHERE jobname = 'procrastinate_stalled' AND database = current_database()
-            ORDER BY active DESC, jobid
+            FROM cron.job AS job
+            WHERE job.jobname = 'procrastinate_stalled' AND job.database = current_database()
+            ORDER BY job.active DESC, job.jobid
             LIMIT 1;
         cron_job_id := cron_job.jobid;
+        sweeping_role := coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = cron_job.username), sweeping_role);
         IF cron_job_id IS NULL THEN
             level := 'warning';
             detail := 'pg_cron has no job "procrastinate_stalled" that this role can see';
@@ -68,6 +94,10 @@ BEGIN
             level := 'error';
             detail := format('pg_cron job %s of role %s is not active', cron_job.jobid, cron_job.username);
             hint := 'SELECT procrastinate_stalled.schedule(); activates it again.';
+        ELSIF cron_job.can_log_in IS NOT TRUE THEN
+            level := 'error';
+            detail := format('pg_cron job %s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, cron_job.username);
+            hint := format('ALTER ROLE %I LOGIN; or unschedule it, and schedule it as another role.', cron_job.username);
         ELSE
             level := 'ok';
             detail := format('pg_cron job %s, "%s", as role %s', cron_job.jobid, cron_job.schedule, cron_job.username);
@@ -77,6 +107,7 @@ BEGIN
         level := 'warning';
         detail := SQLERRM;
         GET STACKED DIAGNOSTICS hint = PG_EXCEPTION_HINT;
+        hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
         IF level = 'warning' AND (
@@ -129,19 +160,23 @@ BEGIN
         SELECT sweep.started_at, sweep.duration, sweep.error, now() - sweep.started_at AS age
             INTO last_sweep
             FROM procrastinate_stalled.sweeps AS sweep
-            ORDER BY sweep.started_at DESC
+            ORDER BY sweep.id DESC
             LIMIT 1;
         IF last_sweep.started_at IS NULL THEN
             level := 'warning';
             detail := 'there is no record of a sweep';
             hint := 'SELECT procrastinate_stalled.schedule(); or: CALL procrastinate_stalled.sweep();';
-        ELSIF last_sweep.age > interval '1 hour' THEN
+        ELSIF last_sweep.age < interval '-1 minute' THEN
             level := 'warning';
-            detail := format('the last sweep was at %s, %s ago', last_sweep.started_at, date_trunc('minute', last_sweep.age));
+            detail := format('the last sweep was at %s, which lies in the future: a clock was wrong', last_sweep.started_at);
+            hint := 'CALL procrastinate_stalled.sweep(); the next sweep by the right clock ends this.';
+        ELSIF last_sweep.age > interval '1 hour' THEN
+            level := CASE WHEN last_sweep.age > interval '1 day' THEN 'error' ELSE 'warning' END;
+            detail := format('the last sweep was at %s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := 'See the rows schedule and last_run.';
         ELSIF last_sweep.duration IS NULL AND last_sweep.age > interval '10 minutes' THEN
             level := 'warning';
-            detail := format('the sweep of %s has not ended in %s', last_sweep.started_at, date_trunc('minute', last_sweep.age));
+            detail := format('the sweep of %s has not ended in %s', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := 'It is still running (pg_stat_activity), or it was cancelled or lost its server: see last_run, or CALL procrastinate_stalled.sweep();';
         ELSIF last_sweep.error IS NOT NULL THEN
             level := 'warning';
@@ -149,32 +184,205 @@ BEGIN
             hint := 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.';
         ELSE
             level := 'ok';
-            detail := format('%s', last_sweep.started_at);
+            detail := format('%s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := NULL;
         END IF;
     EXCEPTION WHEN OTHERS THEN
-        level := 'warning';
+        level := 'error';
         detail := SQLERRM;
-        hint := 'Grant this role SELECT on procrastinate_stalled.sweeps.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'available_since';
+    BEGIN
+        SELECT at
+            INTO facts
+            FROM procrastinate_stalled._available_since() AS at;
+        detail := format('the server has been available since %s', facts.at);
+        IF facts.at > clock_timestamp() THEN
+            level := 'warning';
+            detail := detail || ', which lies in the future: a clock was wrong, and no outage is forgiven until then';
+            hint := 'The next restart of the server ends this. Until then: SELECT procrastinate_stalled.pause(...); if workers may have lost their heartbeats.';
+        ELSIF pg_is_in_recovery() THEN
+            level := 'ok';
+            detail := detail || ' as a standby, on which nothing is swept';
+            hint := NULL;
+        ELSIF pg_has_role(sweeping_role, 'pg_read_all_stats', 'USAGE') AND has_table_privilege(sweeping_role, 'pg_stat_activity', 'SELECT') THEN
+            level := 'ok';
+            hint := NULL;
+        ELSE
+            level := 'warning';
+            detail := detail || format('; role %s cannot see whether it has recovered from a crash or was promoted since', sweeping_role);
+            hint := format('As a superuser: GRANT pg_read_all_stats TO %I;', sweeping_role);
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE
+            WHEN '42501' THEN rights || format(' And as a superuser: GRANT pg_read_all_stats TO %I;', current_user)
+            ELSE damaged
+        END;
+    END;
+    RETURN NEXT;
+
+    name := 'workers';
+    BEGIN
+        SELECT count(*) FILTER (WHERE state = 'alive') AS alive,
+               count(*) FILTER (WHERE state = 'silent') AS silent,
+               count(*) FILTER (WHERE state = 'silent' AND doing > 0) AS missed
+            INTO facts
+            FROM procrastinate_stalled.workers();
+        level := CASE WHEN facts.alive > 0 THEN 'ok' ELSE 'warning' END;
+        detail := format('%s alive, %s silent for 30 s, %s of these with jobs in doing', facts.alive, facts.silent, facts.missed);
+        hint := CASE WHEN facts.alive = 0 THEN 'Start a worker: without one nobody runs any job, and a sweep that finds none alive holds the jobs of the silent ones (settings.require_live_worker).' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
     END;
     RETURN NEXT;
 
     name := 'jobs';
     BEGIN
         SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
-               count(*) AS stalled,
-               count(*) FILTER (WHERE action = 'wait') AS waiting,
-               min(stalled_at) AS since
-            INTO counts
+               count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
+               count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
+               count(*) FILTER (WHERE verdict = 'held') AS held,
+               string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held') AS held_by,
+               count(*) FILTER (WHERE verdict = 'stalled' AND action <> 'wait') AS due,
+               (
+                   SELECT count(*) > 0
+                       FROM procrastinate_stalled.sweeps
+                       WHERE started_at > now() - interval '1 hour'
+               ) AS swept
+            INTO facts
             FROM procrastinate_stalled._judge();
-        level := CASE WHEN counts.stalled = 0 THEN 'ok' ELSE 'warning' END;
-        detail := format('%s in doing, %s stalled', counts.doing, counts.stalled)
-            || CASE WHEN counts.stalled > 0 THEN format(' since %s, %s of them wait for a job with the same queueing lock', counts.since, counts.waiting) ELSE '' END;
-        hint := CASE WHEN counts.stalled > 0 THEN 'The next sweep rescues them. Which, and why: SELECT * FROM procrastinate_stalled.get_stalled_jobs();' END;
+        detail := format('%s in doing, %s stalled', facts.doing, facts.stalled)
+            || CASE WHEN facts.waiting > 0 THEN format(' (%s of them wait for a job with the same queueing lock)', facts.waiting) ELSE '' END
+            || format(', %s held', facts.held)
+            || CASE WHEN facts.held > 0 THEN format(' (%s)', facts.held_by) ELSE '' END;
+        IF facts.due > 0 AND NOT facts.swept THEN
+            level := 'error';
+            detail := detail || '; and there was no sweep in the last hour';
+            hint := 'See the rows schedule, last_run and last_sweep. By hand: CALL procrastinate_stalled.sweep();';
+        ELSIF facts.stalled + facts.held > 0 THEN
+            level := 'warning';
+            hint := 'Which, why, and what becomes of them: SELECT * FROM procrastinate_stalled.explain_jobs() WHERE verdict IN (''stalled'', ''held'');';
+        ELSE
+            level := 'ok';
+            hint := NULL;
+        END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := 'Apply Procrastinate''s schema, or grant this role SELECT on its tables and on procrastinate_stalled''s.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'given_up';
+    BEGIN
+        SELECT count(*) AS jobs,
+               count(*) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old,
+               string_agg(
+                   format('job %s (for %s, while job %s waits)', id, procrastinate_stalled._in_words(now() - greatest(started_at, 'epoch')), waiting_id),
+                   ', ' ORDER BY started_at, id
+               ) FILTER (WHERE number <= 5) AS examples
+            INTO facts
+            FROM (
+                SELECT judged.*, row_number() OVER (ORDER BY judged.started_at, judged.id) AS number
+                    FROM procrastinate_stalled._judge(also_running => true) AS judged
+                    JOIN procrastinate_stalled.workers() AS worker ON worker.worker_id = judged.worker_id
+                    WHERE judged.waiting_id IS NOT NULL AND worker.state = 'alive'
+            ) AS suspect;
+        level := CASE WHEN facts.old > 0 THEN 'warning' ELSE 'ok' END;
+        detail := format('%s running under a living worker while a job with the same queueing lock waits', facts.jobs)
+            || coalesce(': ' || facts.examples || CASE WHEN facts.jobs > 5 THEN ', ...' ELSE '' END, '');
+        hint := CASE WHEN facts.old > 0 THEN 'Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SELECT procrastinate_finish_job_v1(<id>, ''failed'', false);' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'rules';
+    BEGIN
+        SELECT count(*) AS rules,
+               string_agg(DISTINCT format('"%s" waits only %s', rule.name, procrastinate_stalled._in_words(heartbeat_timeout)), '; ')
+                   FILTER (WHERE heartbeat_timeout < '30 seconds') AS hasty,
+               string_agg(DISTINCT format('"%s" retries without limit', rule.name), '; ')
+                   FILTER (WHERE action = 'retry' AND max_rescues IS NULL) AS endless
+            INTO facts
+            FROM procrastinate_stalled.rules AS rule
+            WHERE enabled
+                AND (expires_at IS NULL OR expires_at > now())
+                AND action <> 'ignore'
+                AND coalesce(heartbeat_timeout, run_timeout) IS NOT NULL;
+        IF facts.rules = 0 THEN
+            level := 'error';
+            detail := 'no rule is in force that calls any job stalled';
+            hint := 'INSERT INTO procrastinate_stalled.rules (name, position) VALUES (''default'', 2147483647) ON CONFLICT (name) DO UPDATE SET enabled = true, expires_at = NULL, action = ''retry'', heartbeat_timeout = ''5 minutes'';';
+        ELSE
+            level := CASE WHEN facts.hasty IS NULL AND facts.endless IS NULL THEN 'ok' ELSE 'warning' END;
+            detail := concat_ws('; ', format('%s in force', facts.rules), facts.hasty, facts.endless);
+            hint := nullif(concat_ws(' ',
+                CASE WHEN facts.hasty IS NOT NULL THEN 'A worker beats every 10 s: a heartbeat_timeout under 30 s robs a busy one.' END,
+                CASE WHEN facts.endless IS NOT NULL THEN 'A job that kills its workers goes on killing them: set max_rescues.' END
+            ), '');
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'pauses';
+    BEGIN
+        SELECT string_agg(
+                   format('"%s"%s until %s', rule.name, ' (' || note || ')', expires_at), '; ' ORDER BY position, rule.name
+               ) AS pauses,
+               string_agg(procrastinate_stalled._end_of_pause(rule), ' ' ORDER BY position, rule.name) AS remedy
+            INTO facts
+            FROM procrastinate_stalled.rules AS rule
+            WHERE enabled AND expires_at > now() AND action = 'ignore';
+        level := CASE WHEN facts.pauses IS NULL THEN 'ok' ELSE 'warning' END;
+        detail := coalesce(facts.pauses, 'none');
+        hint := 'To end it: ' || facts.remedy;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'false_rescues';
+    BEGIN
+        WITH mistake AS (
+            SELECT coalesce('rule "' || rescue.rule_name || '"', 'retry_job()') AS culprit, count(*) AS number
+                FROM procrastinate_stalled._false_rescues(now() - interval '7 days') AS rescue
+                GROUP BY culprit
+        )
+        SELECT (SELECT coalesce(sum(number), 0) FROM mistake) AS mistakes,
+               (SELECT string_agg(format('%s by %s', number, culprit), ', ' ORDER BY number DESC, culprit) FROM mistake) AS culprits,
+               (
+                   SELECT count(*)
+                       FROM procrastinate_stalled.rescues
+                       WHERE rescued_at >= now() - interval '7 days' AND action = 'retried'
+               ) AS retries
+            INTO facts;
+        level := CASE WHEN facts.mistakes = 0 THEN 'ok' ELSE 'warning' END;
+        detail := format('%s of %s retries of the last 7 days', facts.mistakes, facts.retries)
+            || CASE WHEN facts.mistakes = 0 THEN ' are known to have been mistakes' ELSE format(
+                ' (%s %%) were of jobs whose former run finished after all: %s',
+                round(100 * facts.mistakes / greatest(facts.retries, 1), 1), facts.culprits
+            ) END;
+        hint := CASE WHEN facts.mistakes > 0 THEN 'Their workers were alive: give that rule a longer heartbeat_timeout or run_timeout. Only those that finished before their retry was started can be seen.' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
     END;
     RETURN NEXT;
 END;
@@ -184,7 +392,10 @@ COMMENT ON FUNCTION procrastinate_stalled.status() IS
 $$The health of the whole, one row per check. It never raises, whatever is missing and whatever the role may not see.
 
 Returns:
-  name    procrastinate, schedule, last_run (if scheduled), last_sweep, jobs
+  name    procrastinate (its schema and version), schedule (pg_cron's job), last_run (of that job, if there is one),
+          last_sweep (by any means), available_since (of the server: precise or not), workers, jobs (stalled and held),
+          given_up (jobs that a living worker probably abandoned), rules (those that can bite), pauses, false_rescues
+          (retries of the last 7 days whose former run finished after all)
   level   ok, warning or error
   detail  the fact
   hint    the remedy; NULL where all is well$$;

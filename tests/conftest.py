@@ -13,6 +13,7 @@ from procrastinate import App
 from psycopg import sql
 
 from procrastinate_stalled import install
+from tests.jobs import add_worker, pretend_old_server
 from tests.server import Server, install_procrastinate, throwaway_server
 from tests.tasks import open_app
 from tests.worker import Worker, start_worker
@@ -48,8 +49,10 @@ def procrastinate_database(server: Server) -> Iterator[str]:
 
 @pytest.fixture
 def database(server: Server) -> Iterator[str]:
-    """The address of a database that has Procrastinate and this product."""
+    """The address of a database with Procrastinate, this product and a living worker, on a server that looks old."""
     with server.database("ours") as conninfo:
+        with psycopg.connect(conninfo) as connection:
+            add_worker(connection)
         yield conninfo
 
 
@@ -82,6 +85,7 @@ def shared_database(server: Server) -> Iterator[str]:
 def transaction(shared_database: str) -> Iterator[psycopg.Connection[Any]]:
     """A connection to `shared_database` whose transaction, in which `now()` stands still, is rolled back in the end."""
     with psycopg.connect(shared_database) as connection:
+        add_worker(connection)
         yield connection
         connection.rollback()
 
@@ -142,7 +146,10 @@ def other_database_on_cron_server(cron_server: Server) -> Iterator[str]:
 
 def _create_templates(server: Server) -> None:
     install_procrastinate(server.create_database("procrastinate"))
-    install(server.create_database("ours", "procrastinate"))
+    conninfo = server.create_database("ours", "procrastinate")
+    install(conninfo)
+    with psycopg.connect(conninfo) as connection:
+        pretend_old_server(connection)
 
 
 def _clean_cron_database(conninfo: str) -> None:

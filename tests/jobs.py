@@ -14,6 +14,27 @@ Connection = psycopg.Connection[Any]
 Row = dict[str, Any]
 
 
+def pretend_old_server(connection: Connection) -> None:
+    """Let the product believe that the server has been available for years.
+
+    Test servers live for minutes, and the silence of workers that were not heard of since its start is forgiven for a
+    while. `SET tests.available_since` says otherwise.
+    """
+    connection.execute(
+        """
+        CREATE OR REPLACE FUNCTION procrastinate_stalled._available_since()
+            RETURNS timestamp with time zone
+            LANGUAGE plpgsql
+            STABLE
+        AS $$
+        BEGIN
+            RETURN coalesce(nullif(current_setting('tests.available_since', true), ''), '2000-01-01');
+        END;
+        $$
+        """
+    )
+
+
 def add_worker(connection: Connection, silent_for: float = 0) -> int:
     """Register a worker that beat last so many seconds ago; return its id."""
     (worker,) = rows(

@@ -1,6 +1,6 @@
 """Databases made up by hypothesis: workers, jobs with their events, rules, notes of orphans and earlier rescues."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -34,6 +34,43 @@ class RandomJob:
 
 
 @dataclass(frozen=True)
+class Night:
+    """What befell all workers, and what the operator did about it."""
+
+    available_for: int
+    """How long ago the server became available, in microseconds."""
+    outage_grace: int
+    """In microseconds."""
+    require_live_worker: bool
+    heard: int
+    """How long ago the workers that were there before beat, in microseconds."""
+    pauses: list[dict[str, str | None]]
+    """The arguments of `pause`."""
+
+    def create(self, connection: Connection) -> None:
+        """Let it befall the database of the connection."""
+        connection.execute(
+            "SELECT set_config('tests.available_since', (now() - make_interval(secs => %s))::text, true)",
+            [self.available_for / SECOND],
+        )
+        connection.execute(
+            """
+            UPDATE procrastinate_stalled.settings
+            SET outage_grace = make_interval(secs => %s), require_live_worker = %s
+            """,
+            [self.outage_grace / SECOND, self.require_live_worker],
+        )
+        connection.execute(
+            "UPDATE procrastinate_workers SET last_heartbeat = now() - make_interval(secs => %s)",
+            [self.heard / SECOND],
+        )
+        for pause in self.pauses:
+            connection.execute(
+                "SELECT procrastinate_stalled.pause('1 day', queue => %(queue)s, task_name => %(task_name)s)", pause
+            )
+
+
+@dataclass(frozen=True)
 class RandomDatabase:
     """What to put into a database."""
 
@@ -42,10 +79,13 @@ class RandomDatabase:
     jobs: list[RandomJob]
     rules: list[dict[str, Any]] = field(default_factory=list)
     """Instead of the rule of the install."""
+    night: Night | None = None
 
     def create(self, connection: Connection) -> None:
         """Put all of it into the database of the connection."""
         connection.execute("DELETE FROM procrastinate_stalled.rules")
+        if self.night is not None:
+            self.night.create(connection)
         for number, rule in enumerate(self.rules):
             add_rule(connection, f"rule {number}", **rule)
         worker_ids = [add_worker(connection, silent_for / SECOND) for silent_for in self.workers]
@@ -85,6 +125,7 @@ def usually(value: Any, otherwise: st.SearchStrategy[Any]) -> st.SearchStrategy[
 args = st.dictionaries(st.sampled_from(("a", "b")), st.none() | st.integers(0, 1) | st.lists(st.integers(0, 1)))
 queues = usually(None, st.sampled_from(QUEUES))
 tasks = usually(None, st.sampled_from(TASKS))
+patterns = usually(None, st.sampled_from(PATTERNS))
 
 
 @st.composite
@@ -96,7 +137,7 @@ def rules(draw: st.DrawFn) -> dict[str, Any]:
         "enabled": draw(usually(True, st.booleans())),
         "expires_at": draw(usually(None, st.sampled_from(("now", "tomorrow")))),
         "queue_name": draw(queues),
-        "task_name": draw(usually(None, st.sampled_from(PATTERNS))),
+        "task_name": draw(patterns),
         "args": draw(usually(None, args)),
         "heartbeat_timeout": draw(timeouts),
         "run_timeout": draw(st.none() | timeouts),
@@ -185,3 +226,17 @@ def databases(draw: st.DrawFn, *thresholds: int) -> RandomDatabase:
         {"enabled": False},
     ]
     return RandomDatabase(workers, jobs, [*draw(st.lists(rules(), max_size=2)), draw(st.sampled_from(catch_all))])
+
+
+@st.composite
+def nights(draw: st.DrawFn) -> RandomDatabase:
+    """Databases after a restart of the server, with pauses, and perhaps without a living worker."""
+    near = st.builds(int.__add__, st.sampled_from((30 * SECOND, *TIMEOUTS, DAY)), st.integers(-1, 1))
+    night = Night(
+        available_for=draw(usually(10 * DAY, near | st.just(-SECOND * 60))),
+        outage_grace=draw(st.sampled_from((0, *TIMEOUTS))),
+        require_live_worker=draw(st.booleans()),
+        heard=draw(usually(0, near)),
+        pauses=draw(usually([], st.lists(st.fixed_dictionaries({"queue": queues, "task_name": patterns}), max_size=2))),
+    )
+    return replace(draw(databases()), night=night)

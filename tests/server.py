@@ -4,6 +4,7 @@ import os
 import pwd
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,23 @@ class Server:
     def conninfo(self, dbname: str = "postgres") -> str:
         """The address of a database of this server."""
         return make_conninfo(host=self.host, port=self.port, user=self.user, dbname=dbname)
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it as `pg_ctl stop -m` does: smart, fast or immediate."""
+        self.pg_ctl("stop", "-m", mode)
+
+    def start(self) -> None:
+        """Start it after a `stop`, as it ran before."""
+        self.pg_ctl("restart")  # which, unlike start, takes the options of the last time
+
+    def promote(self) -> None:
+        """Make a primary of this standby."""
+        self.pg_ctl("promote")
+
+    def pg_ctl(self, *arguments: str) -> None:
+        """Run pg_ctl on it, and wait until that is done."""
+        command: list[str | Path] = [PG_CTL, "-w", "-D", self.folder / "data", "-l", self.folder / "log", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
 
     def create_database(self, dbname: str, template: str = "template1") -> str:
         """Create a database as a copy of another one and return its address."""
@@ -101,6 +119,31 @@ def throwaway_server(cron_database: str | None = None, settings: dict[str, str] 
             yield server
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def streaming_standby(primary: Server, settings: dict[str, str] = FAST) -> Iterator[Server]:
+    """Run a standby that follows a server of this machine, in a folder within that one's.
+
+    Parameters
+    ----------
+    settings :
+        What to set in its configuration.
+    """
+    folder = primary.folder / f"standby-{next(_numbers)}"
+    bindir = subprocess.run([PROJECT / "scripts" / "postgresql-bindir"], check=True, stdout=subprocess.PIPE, text=True)
+    backup = [f"{bindir.stdout.strip()}/pg_basebackup", "-D", f"{folder}/data", "-R", "-c", "fast"]
+    user = "postgres" if os.geteuid() == 0 else None
+    subprocess.run([*backup, "-d", primary.conninfo()], check=True, cwd="/", user=user, group=user)
+    port = get_port(None)
+    assert port is not None
+    standby = Server(port=port, folder=folder)
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    standby.pg_ctl("start", "-o", f"-p {port} -k {folder} {options}")
+    try:
+        yield standby
+    finally:
+        standby.stop("immediate")
 
 
 @contextmanager

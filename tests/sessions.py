@@ -45,11 +45,13 @@ CREATE FUNCTION procrastinate_stalled._judge(
     task_name text DEFAULT NULL,
     seconds_since_heartbeat interval DEFAULT NULL,
     nb_seconds interval DEFAULT NULL,
-    job_ids bigint[] DEFAULT NULL
+    job_ids bigint[] DEFAULT NULL,
+    also_running boolean DEFAULT false
 )
-    RETURNS SETOF procrastinate_stalled.stalled_job LANGUAGE plpgsql STABLE AS $$
+    RETURNS SETOF procrastinate_stalled._judged_job LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN QUERY SELECT * FROM points._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
+    RETURN QUERY
+        SELECT * FROM points._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids, also_running);
     IF job_ids IS NOT NULL THEN
         PERFORM points.pass(1);
     END IF;

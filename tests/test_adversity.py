@@ -101,6 +101,7 @@ def test_a_time_far_in_the_future_does_not_make_a_sweep_fail(connection: Connect
     add_rule(connection, "soon", queue_name="soon", heartbeat_timeout="1 second")
     of_the_future = add_job(connection, worker_id=add_worker(connection))
     connection.execute("UPDATE procrastinate_workers SET last_heartbeat = %s", [heartbeat])
+    add_worker(connection)
     connection.execute("UPDATE procrastinate_events SET at = %s", [heartbeat])
     stalled = add_stalled_job(connection, queue_name="soon")
 

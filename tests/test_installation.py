@@ -20,7 +20,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from yoyo.migrations import read_sql_migration  # type: ignore[import-untyped]
 
 from procrastinate_stalled import Stalled, install, migrations_sql, uninstall
-from tests.jobs import add_stalled_job
+from tests.jobs import add_stalled_job, add_worker, pretend_old_server
 from tests.server import PROJECT, Server, install_procrastinate
 from tests.wait import wait_until
 
@@ -270,6 +270,8 @@ def test_procrastinate_may_live_in_any_schema(empty_database: str) -> None:
         psycopg.connect(with_path, autocommit=True) as application,
         psycopg.connect(empty_database, autocommit=True) as ours,
     ):
+        pretend_old_server(ours)
+        add_worker(application)
         job = add_stalled_job(application)
         Stalled(ours).sweep()
         assert application.execute("SELECT id, status FROM procrastinate_jobs").fetchall() == [(job, "todo")]
@@ -292,6 +294,8 @@ def test_of_several_procrastinates_the_search_path_chooses_one(empty_database: s
     assert install(make_conninfo(empty_database, options="-c search_path=two")) == [FIRST]
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute("SET search_path = two")
+        pretend_old_server(connection)
+        add_worker(connection)
         job = add_stalled_job(connection)
         Stalled(connection).sweep()
         assert connection.execute("SELECT id, status FROM procrastinate_jobs").fetchall() == [(job, "todo")]
@@ -302,6 +306,8 @@ def test_the_owner_of_procrastinates_tables_needs_no_superuser(owner: str) -> No
 
     assert install(owner) == [FIRST]
     with psycopg.connect(owner, autocommit=True) as connection:
+        pretend_old_server(connection)
+        add_worker(connection)
         job = add_stalled_job(connection)
         Stalled(connection).sweep()
         assert connection.execute("SELECT id, status FROM procrastinate_jobs").fetchall() == [(job, "todo")]

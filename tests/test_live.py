@@ -127,8 +127,9 @@ def test_the_job_of_a_pruned_dead_worker_is_rescued_once_it_has_been_an_orphan_f
 def test_a_job_that_kills_its_workers_is_failed_after_max_rescues(
     database: str, connection: psycopg.Connection[Any], run_worker: RunWorker
 ) -> None:
-    set_default_rule(connection, "1 second")
+    set_default_rule(connection, "3 seconds")
     connection.execute("UPDATE procrastinate_stalled.rules SET max_rescues = 2")
+    run_worker(database, queues=["another"], **WORKER)
     with open_app(database) as app:
         job_id = app.configure_task("tests.tasks.poison").defer()
 

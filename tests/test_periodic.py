@@ -14,7 +14,7 @@ from procrastinate.exceptions import AlreadyEnqueued, TaskAlreadyRegistered
 from psycopg.conninfo import make_conninfo
 
 from procrastinate_stalled import add_periodic_sweep, install
-from tests.jobs import add_stalled_job, get_job, rows, update_job
+from tests.jobs import add_stalled_job, get_job, pretend_old_server, rows, update_job
 from tests.server import install_procrastinate
 from tests.wait import wait_until
 
@@ -114,6 +114,7 @@ def test_procrastinate_may_live_in_any_schema(empty_database: str) -> None:
         connection.execute("CREATE SCHEMA custom")
         install_procrastinate(conninfo)
         install(conninfo)
+        pretend_old_server(connection)
         job = lose_job(connection, queue_name="served by nobody here")
 
         work_until_rescued(sweeping_app(conninfo), connection, job)

@@ -168,6 +168,7 @@ def empty(connection: Connection) -> None:
         """
     )
     connection.execute("DELETE FROM procrastinate_stalled.rules WHERE name <> 'default'")
+    add_worker(connection)
 
 
 def set_the_scene(connection: Connection) -> Scene:

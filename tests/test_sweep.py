@@ -1,14 +1,11 @@
 """`CALL procrastinate_stalled.sweep()`: its batches, its row in `sweeps`, what it survives and what it refuses."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import LiteralString
 
 import psycopg
 import pytest
-from port_for import get_port
 from psycopg.conninfo import make_conninfo
 
 from procrastinate_stalled import install
@@ -24,10 +21,11 @@ from tests.jobs import (
     get_events,
     get_job,
     insert,
+    pretend_old_server,
     rows,
     update_job,
 )
-from tests.server import FAST, PG_CTL, PROJECT, Server, database_name, install_procrastinate
+from tests.server import Server, database_name, install_procrastinate, streaming_standby
 from tests.sessions import SWEEP, Point, add_points, paused
 
 RESCUE: LiteralString = "SELECT procrastinate_stalled.retry_stalled_jobs()"
@@ -408,6 +406,8 @@ def test_procrastinate_in_a_schema_of_another_name_is_swept(server: Server) -> N
             psycopg.connect(in_schema, autocommit=True) as procrastinate,
             psycopg.connect(database, autocommit=True) as connection,
         ):
+            pretend_old_server(connection)
+            add_worker(procrastinate)
             job_id = add_stalled_job(procrastinate, queueing_lock="key")
             duplicate = add_stalled_job(procrastinate, queueing_lock="key")
 
@@ -421,22 +421,8 @@ def test_procrastinate_in_a_schema_of_another_name_is_swept(server: Server) -> N
 @pytest.fixture
 def standby(server: Server) -> Iterator[Server]:
     """A streaming standby of `server`."""
-    folder = server.folder / "standby"
-    bindir = subprocess.run([PROJECT / "scripts" / "postgresql-bindir"], check=True, stdout=subprocess.PIPE, text=True)
-    backup = [f"{bindir.stdout.strip()}/pg_basebackup", "-D", str(folder), "-R", "-c", "fast", "-d", server.conninfo()]
-    if os.geteuid() == 0:
-        subprocess.run(backup, check=True, cwd="/", user="postgres", group="postgres")
-    else:
-        subprocess.run(backup, check=True)
-    port = get_port(None)
-    assert port is not None
-    options = " ".join(f"-c {name}={value}" for name, value in FAST.items())
-    start = ["start", "-w", "-l", f"{folder}.log", "-o", f"-p {port} -k {server.folder} {options}"]
-    subprocess.run([PG_CTL, "-D", folder, *start], check=True)
-    try:
-        yield Server(port=port, folder=server.folder)
-    finally:
-        subprocess.run([PG_CTL, "-D", folder, "stop", "-m", "immediate"], check=True)
+    with streaming_standby(server) as standby:
+        yield standby
 
 
 def test_a_standby_is_not_swept_until_it_is_promoted(

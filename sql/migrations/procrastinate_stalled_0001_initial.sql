@@ -129,6 +129,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     on_duplicate text NOT NULL DEFAULT 'fail',
     note text,
     CONSTRAINT rules_name_not_empty CHECK (name <> ''),
+    CONSTRAINT rules_expires_at_finite CHECK (isfinite(expires_at)),
+    CONSTRAINT rules_first_position_is_for_pauses CHECK (position > -2147483648 OR (action = 'ignore' AND expires_at IS NOT NULL)),
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
     CONSTRAINT rules_args_is_an_object CHECK (jsonb_typeof(args) = 'object'),
@@ -154,14 +156,14 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
 COMMENT ON TABLE procrastinate_stalled.rules IS
     'Which jobs, when they count as stalled, and what to do then. Edit it with INSERT, UPDATE and DELETE. A job obeys the first enabled, unexpired rule that matches it, by position, then name; a job that no rule matches is never touched.';
 COMMENT ON COLUMN procrastinate_stalled.rules.name IS 'Unique name; rescues.rule_name refers to it.';
-COMMENT ON COLUMN procrastinate_stalled.rules.position IS 'Order in which the rules are tried, lowest first; equal positions by name.';
+COMMENT ON COLUMN procrastinate_stalled.rules.position IS 'Order in which the rules are tried, lowest first; equal positions by name. The lowest integer, -2147483648, is for pauses.';
 COMMENT ON COLUMN procrastinate_stalled.rules.enabled IS 'A rule that is not enabled matches nothing.';
-COMMENT ON COLUMN procrastinate_stalled.rules.expires_at IS 'The rule matches nothing from then on. NULL: it never expires.';
+COMMENT ON COLUMN procrastinate_stalled.rules.expires_at IS 'The rule matches nothing from then on. NULL: it never expires. A rule that ignores jobs until it expires is a pause: pause() makes such rules.';
 COMMENT ON COLUMN procrastinate_stalled.rules.queue_name IS 'Matches jobs of exactly this queue. NULL: of any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.task_name IS 'Matches jobs whose task name is LIKE this pattern, such as billing.% (an underscore stands for any one character, \_ for itself). NULL: any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.args IS 'Matches jobs whose args contain this JSON object (job.args @> rule.args). NULL: any.';
-COMMENT ON COLUMN procrastinate_stalled.rules.heartbeat_timeout IS 'A job is stalled when its worker has not been heard of for so long; an orphan, when a sweep first saw it so long ago. NULL: silence never counts. Longer than 0, at most 10 years.';
-COMMENT ON COLUMN procrastinate_stalled.rules.run_timeout IS 'A job is stalled when its last started event is so long ago, whatever its worker says. NULL: no limit. Longer than 0, at most 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.rules.heartbeat_timeout IS 'A job is stalled when its worker has not been heard of for so long; an orphan, when a sweep first saw it so long ago. The time in which the server was down does not count, see settings.outage_grace. NULL: silence never counts. Longer than 0, at most 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.rules.run_timeout IS 'A job is stalled when its last started event is so long ago, whatever its worker says, also while no worker is alive. NULL: no limit. Longer than 0, at most 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.rules.action IS 'retry: back to todo. fail: end it as failed. ignore: never touch it.';
 COMMENT ON COLUMN procrastinate_stalled.rules.max_rescues IS 'After so many retries of the same job by sweeps it is failed, not retried: it probably kills its workers. Retries by retry_job() do not count. NULL: no limit.';
 COMMENT ON COLUMN procrastinate_stalled.rules.retry_delay IS 'Wait before the first retry of a job, from 0 to 1 day. A job that has a lock is retried at once whatever stands here: while it waits, it would block every job with its lock.';
@@ -195,8 +197,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.settings (
 
 COMMENT ON TABLE procrastinate_stalled.settings IS 'One row of settings. Edit it with UPDATE.';
 COMMENT ON COLUMN procrastinate_stalled.settings.only_row IS 'Always true: there is one row.';
-COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'Replaces a shorter heartbeat_timeout for workers not heard of since the server was last unavailable. From 0 to 10 years. Version 0.1.0 stores it and does not act on it yet.';
-COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence only while some worker is alive. Version 0.1.0 stores it and does not act on it yet.';
+COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'A worker can lose its heartbeat for good while the server is down, and still finish its jobs. So the silence of workers that were not heard of since the server last became available counts from that moment, and for at least so long. From 0 to 10 years.';
+COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence and on orphans only while some worker is alive: one was heard of within half of the rule''s heartbeat_timeout. Without one nobody could run the retried job, and a cut network looks just like that. A run_timeout is acted upon all the same.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
 
@@ -258,10 +260,12 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     waiting integer NOT NULL DEFAULT 0,
     held integer NOT NULL DEFAULT 0,
     held_reason text,
+    newest_worker_id bigint,
     error text
 );
 
 CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+CREATE INDEX IF NOT EXISTS sweeps_without_living_worker_idx ON procrastinate_stalled.sweeps (id) WHERE newest_worker_id IS NOT NULL;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';
@@ -273,8 +277,9 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.retried IS 'Stalled jobs put back
 COMMENT ON COLUMN procrastinate_stalled.sweeps.failed IS 'Stalled jobs ended as failed.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as aborted.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Stalled jobs deliberately not acted upon; 0 in version 0.1.0.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker, if jobs were held because none was alive. When one of these workers is heard again, the others have heartbeat_timeout from the last such sweep on to be heard too. NULL: none was held for that.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
 
 
@@ -343,12 +348,59 @@ COMMENT ON COLUMN procrastinate_stalled.stalled_job.started_at IS 'Its last star
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.rule_name IS 'The rule that it obeys. NULL: no rule matches.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.reason IS 'heartbeat, orphaned or run_timeout.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.stalled_at IS 'Since when it counts as stalled. NULL: an orphan that was asked for by seconds_since_heartbeat, which gives it no date.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do: retry, fail, abort, wait (for the job named in duplicate_of) or ignore.';
-COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.action IS 'What a sweep would do now: retry, fail, abort, wait (for the job named in duplicate_of), hold (no worker is alive) or ignore.';
+COMMENT ON COLUMN procrastinate_stalled.stalled_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, no living worker, rule, no rule.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.duplicate_of IS 'A job with the same queueing lock that is in todo, or that is stalled too and would be retried first.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_at IS 'When the retry would start. NULL: at once.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_queue_name IS 'The queue of the retry. NULL: unchanged.';
 COMMENT ON COLUMN procrastinate_stalled.stalled_job.retry_priority IS 'The priority of the retry. NULL: unchanged.';
+
+
+DO $$
+BEGIN
+    IF to_regtype('procrastinate_stalled.explained_job') IS NULL THEN
+        CREATE TYPE procrastinate_stalled.explained_job AS (
+            job_id bigint,
+            queue_name text,
+            task_name text,
+            status text,
+            attempts integer,
+            worker_id bigint,
+            last_heartbeat timestamp with time zone,
+            seen_at timestamp with time zone,
+            started_at timestamp with time zone,
+            available_since timestamp with time zone,
+            rule_name text,
+            verdict text,
+            reason text,
+            stalled_at timestamp with time zone,
+            action text,
+            detail text,
+            sentence text
+        );
+    END IF;
+END;
+$$;
+
+COMMENT ON TYPE procrastinate_stalled.explained_job IS
+    'The judgement of one job, stalled or not, with the evidence, and a sentence that says it.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.job_id IS 'procrastinate_jobs.id.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.queue_name IS 'procrastinate_jobs.queue_name.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.task_name IS 'procrastinate_jobs.task_name.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.status IS 'procrastinate_jobs.status. NULL: no such job.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.attempts IS 'procrastinate_jobs.attempts: the runs before this one.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.worker_id IS 'The worker that fetched it. NULL: an orphan, whose worker row is gone, or not in doing.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.last_heartbeat IS 'The last heartbeat of its worker.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.seen_at IS 'When a sweep first saw that its worker row is gone. NULL: it is not gone, or no sweep has seen it yet.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.started_at IS 'Its last started event.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.available_since IS 'When the server last became available for writes: its start, the end of a crash recovery, or its promotion.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.rule_name IS 'The rule that it obeys: the first one that matches, which may be a pause. NULL: no rule matches.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.verdict IS 'stalled, running, held (it would be stalled, but no worker is alive or a pause is in force), ignored (by its rule, or no rule matches), not doing, no such job.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.reason IS 'The evidence by which stalled_at is reached: heartbeat, orphaned or run_timeout.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.stalled_at IS 'When it counts as stalled unless something happens before: a heartbeat, its end. NULL: never by its rule.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.action IS 'What a sweep would do then, as things stand now: retry, fail, abort, wait (for a job with the same queueing lock) or ignore.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.detail IS 'Why it would not be retried: max_rescues, duplicate of job N, abort requested, rule, no rule.';
+COMMENT ON COLUMN procrastinate_stalled.explained_job.sentence IS 'All of that in words. Times of day are in the TimeZone of the session.';
 -- Which jobs are stalled, by which rule, on what evidence, and what to do with them: one query, _judge(), which
 -- every function that finds or rescues stalled jobs uses. Nothing in this file writes or locks.
 
@@ -457,21 +509,122 @@ COMMENT ON FUNCTION procrastinate_stalled._waiting_job(text) IS
     'The job in todo that has the queueing lock, if there is one: there is never more than one.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._available_since()
+    RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(
+        -- The walwriter is new after a start, after a crash recovery and after a promotion.
+        (SELECT backend_start FROM pg_stat_activity WHERE backend_type = 'walwriter'),
+        pg_postmaster_start_time()
+    );
+EXCEPTION WHEN insufficient_privilege THEN
+    -- Some take the whole view away from PUBLIC.
+    RETURN pg_postmaster_start_time();
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._available_since() IS
+    'When the server last began to accept writes: its start, the end of a crash recovery, or its promotion. The latter two can be seen by members of pg_read_all_stats only; for others it is the start.';
+
+
+DO $$
+BEGIN
+    IF to_regtype('procrastinate_stalled._judged_job') IS NULL THEN
+        CREATE TYPE procrastinate_stalled._judged_job AS (
+            id bigint,
+            queue_name text,
+            task_name text,
+            priority integer,
+            lock text,
+            queueing_lock text,
+            args jsonb,
+            status text,
+            scheduled_at timestamp with time zone,
+            attempts integer,
+            abort_requested boolean,
+            worker_id bigint,
+            last_heartbeat timestamp with time zone,
+            started_at timestamp with time zone,
+            rule_name text,
+            reason text,
+            stalled_at timestamp with time zone,
+            action text,
+            detail text,
+            duplicate_of bigint,
+            retry_at timestamp with time zone,
+            retry_queue_name text,
+            retry_priority integer,
+            -- The rest is for those who explain or count.
+            verdict text,
+            seen_at timestamp with time zone,
+            available_since timestamp with time zone,
+            forgiven_until timestamp with time zone,
+            run_ends_at timestamp with time zone,
+            heartbeat_timeout interval,
+            run_timeout interval,
+            nobody_is_alive boolean,
+            nobody_until timestamp with time zone,
+            waiting_id bigint,
+            rescues bigint,
+            pause_name text,
+            pause_ends_at timestamp with time zone,
+            pause_note text,
+            next_rule_name text
+        );
+    END IF;
+END;
+$$;
+
+COMMENT ON TYPE procrastinate_stalled._judged_job IS
+    'The columns of stalled_job, the verdict as in explained_job, and all the evidence for it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._judge(
     queue text DEFAULT NULL,
     task_name text DEFAULT NULL,
     seconds_since_heartbeat interval DEFAULT NULL,
     nb_seconds interval DEFAULT NULL,
-    job_ids bigint[] DEFAULT NULL
+    job_ids bigint[] DEFAULT NULL,
+    also_running boolean DEFAULT false
 )
-    RETURNS SETOF procrastinate_stalled.stalled_job
+    RETURNS SETOF procrastinate_stalled._judged_job
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
     SET jit = off
 AS $$
 #variable_conflict use_column
+DECLARE
+    by_rules CONSTANT boolean := _judge.seconds_since_heartbeat IS NULL AND _judge.nb_seconds IS NULL;
+    -- A time in the future, of a clock that was wrong, tells nothing.
+    available_since CONSTANT timestamp with time zone := (
+        SELECT at FROM procrastinate_stalled._available_since() AS at WHERE at <= clock_timestamp()
+    );
+    latest_heartbeat CONSTANT timestamp with time zone := (
+        SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()
+    );
+    grace interval;
+    demands_live_worker boolean;
+    nobody_until timestamp with time zone;
 BEGIN
+    SELECT outage_grace, require_live_worker
+        INTO grace, demands_live_worker
+        FROM procrastinate_stalled.settings;
+
+    -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. A worker that is
+    -- new tells nothing of the others; and when it starts, it prunes them.
+    SELECT sweep.started_at
+        INTO nobody_until
+        FROM procrastinate_stalled.sweeps AS sweep
+        WHERE sweep.newest_worker_id IS NOT NULL
+            AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
+        ORDER BY sweep.id DESC
+        LIMIT 1;
+
     RETURN QUERY
     WITH running AS (
         SELECT job.*,
@@ -479,16 +632,19 @@ BEGIN
                orphan.seen_at,
                event.started_at,
                event.deferred_at,
-               rule.name AS rule_name,
+               rule.name AS next_rule_name,
                rule.action AS rule_action,
-               rule.heartbeat_timeout,
-               rule.run_timeout,
+               CASE WHEN rule.action <> 'ignore' THEN rule.heartbeat_timeout END AS heartbeat_timeout,
+               CASE WHEN rule.action <> 'ignore' THEN rule.run_timeout END AS run_timeout,
                rule.max_rescues,
                rule.retry_delay,
                rule.retry_backoff,
                rule.retry_queue_name,
                rule.retry_priority,
-               rule.on_duplicate
+               rule.on_duplicate,
+               pause.name AS pause_name,
+               pause.expires_at AS pause_ends_at,
+               pause.note AS pause_note
             FROM procrastinate_stalled._doing_jobs(job_ids) AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
             LEFT JOIN procrastinate_stalled.orphans AS orphan
@@ -499,84 +655,140 @@ BEGIN
                     FROM procrastinate_events AS event
                     WHERE event.job_id = job.id
             ) AS event
+            -- The first rule that is no pause, and the first pause before it.
             LEFT JOIN LATERAL (
                 SELECT *
                     FROM procrastinate_stalled.rules AS rule
                     WHERE rule.enabled
-                        AND (rule.expires_at IS NULL OR rule.expires_at > now())
+                        AND (rule.expires_at IS NULL OR (rule.expires_at > now() AND rule.action <> 'ignore'))
                         AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
                         AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
                         AND (rule.args IS NULL OR job.args @> rule.args)
                     ORDER BY rule.position, rule.name
                     LIMIT 1
             ) AS rule ON true
+            LEFT JOIN LATERAL (
+                SELECT *
+                    FROM procrastinate_stalled.rules AS pause
+                    WHERE pause.enabled
+                        AND pause.expires_at > now()
+                        AND pause.action = 'ignore'
+                        AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
+                        AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
+                        AND (pause.args IS NULL OR job.args @> pause.args)
+                        AND (rule.name IS NULL OR (pause.position, pause.name) < (rule.position, rule.name))
+                    ORDER BY pause.position, pause.name
+                    LIMIT 1
+            ) AS pause ON true
             WHERE (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
-    ), dated AS (
+    ), heard AS (
         SELECT running.*,
+               -- A sum with a time in the far future may be out of range; and an infinite time has no words.
+               CASE WHEN started_at < now() + interval '1 year' THEN greatest(started_at, 'epoch') END AS ran_since,
                CASE
-                   WHEN _judge.nb_seconds IS NOT NULL THEN ran_since + _judge.nb_seconds
-                   WHEN _judge.seconds_since_heartbeat IS NULL THEN ran_since + run_timeout
-               END AS run_ends_at,
+                   WHEN worker_id IS NULL THEN coalesce(seen_at, now())
+                   WHEN last_heartbeat < now() + interval '1 year' THEN greatest(last_heartbeat, 'epoch')
+               END AS silent_since,
+               -- Not heard of since an outage: the fetch of the job tells it of a worker whose row is gone.
                CASE
-                   WHEN _judge.nb_seconds IS NOT NULL THEN NULL
-                   WHEN _judge.seconds_since_heartbeat IS NOT NULL THEN
-                       CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
-                   ELSE
-                       CASE WHEN worker_id IS NULL THEN seen_at ELSE silent_since END + heartbeat_timeout
-               END AS silent_at
+                   WHEN worker_id IS NOT NULL THEN last_heartbeat < available_since
+                   ELSE coalesce(started_at < available_since, true)
+               END AS lost_in_outage
             FROM running
-            CROSS JOIN LATERAL (
-                -- A time in the future, of a clock that was wrong, tells nothing, and a sum with it may be out of range.
-                SELECT CASE WHEN started_at <= now() THEN started_at END AS ran_since,
-                       CASE WHEN last_heartbeat <= now() THEN last_heartbeat END AS silent_since
-            ) AS past
-    ), stalled AS (
-        SELECT dated.*,
-               least(run_ends_at, silent_at) AS stalled_at,
+    ), dated AS (
+        SELECT heard.*,
+               CASE WHEN lost_in_outage THEN available_since + greatest(heartbeat_timeout, grace) END AS forgiven_until,
                CASE
-                   WHEN silent_at IS NULL OR run_ends_at <= silent_at THEN 'run_timeout'
+                   WHEN by_rules THEN ran_since + run_timeout
+                   ELSE ran_since + _judge.nb_seconds
+               END AS run_ends_at,
+               demands_live_worker IS NOT FALSE
+                   AND coalesce(latest_heartbeat < now() - heartbeat_timeout / 2, true) AS nobody_is_alive
+            FROM heard
+    ), silent AS (
+        SELECT dated.*,
+               CASE
+                   WHEN by_rules THEN
+                       CASE WHEN heartbeat_timeout IS NOT NULL THEN greatest(
+                           silent_since + heartbeat_timeout,
+                           forgiven_until,
+                           CASE WHEN silent_since < nobody_until AND NOT nobody_is_alive THEN nobody_until + heartbeat_timeout END
+                       ) END
+                   WHEN _judge.nb_seconds IS NULL THEN
+                       CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
+               END AS silent_at
+            FROM dated
+    ), reasoned AS (
+        SELECT silent.*,
+               CASE
+                   -- A run timeout is acted upon all the same when nobody is alive.
+                   WHEN run_ends_at <= silent_at OR silent_at IS NULL OR (nobody_is_alive AND run_ends_at <= now())
+                       THEN 'run_timeout'
                    WHEN worker_id IS NULL THEN 'orphaned'
                    ELSE 'heartbeat'
                END AS reason
-            FROM dated
-            WHERE CASE
-                WHEN _judge.nb_seconds IS NULL AND _judge.seconds_since_heartbeat IS NULL
-                    THEN rule_action <> 'ignore' AND least(run_ends_at, silent_at) <= now()
-                -- JobManager.get_stalled_jobs compares with "<".
-                ELSE least(run_ends_at, silent_at) < now()
-            END
+            FROM silent
+    ), found AS (
+        SELECT reasoned.*,
+               CASE reason WHEN 'run_timeout' THEN run_ends_at ELSE silent_at END AS stalled_at
+            FROM reasoned
+    ), judged AS (
+        SELECT found.*,
+               CASE
+                   WHEN coalesce(rule_action, 'ignore') = 'ignore' OR (pause_name IS NOT NULL AND NOT by_rules) THEN 'ignored'
+                   WHEN (stalled_at <= now()) IS NOT TRUE THEN 'running'
+                   WHEN pause_name IS NOT NULL THEN 'held'
+                   WHEN by_rules AND nobody_is_alive AND reason <> 'run_timeout' THEN 'held'
+                   ELSE 'stalled'
+               END AS verdict
+            FROM found
+            -- JobManager.get_stalled_jobs compares with "<".
+            WHERE by_rules OR stalled_at < now()
+    ), chosen AS (
+        SELECT *
+            FROM judged
+            WHERE NOT by_rules OR verdict IN ('stalled', 'held') OR _judge.also_running
+            -- A fence: what is above is not computed again for each mention below.
+            OFFSET 0
     ), numbered AS (
-        SELECT stalled.*,
+        SELECT chosen.*,
                earlier.rescues,
                waiting.id AS waiting_id,
-               waiting.lock = stalled.lock AS waits_for_this_one,
-               NOT stalled.abort_requested
-                   AND rule_action IS NOT DISTINCT FROM 'retry'
+               waiting.lock = chosen.lock AS waits_for_this_one,
+               NOT chosen.abort_requested
+                   AND verdict <> 'ignored'
+                   AND rule_action = 'retry'
                    AND (max_rescues IS NULL OR earlier.rescues < max_rescues) AS may_be_retried
-            FROM stalled
+            FROM chosen
             CROSS JOIN LATERAL (
                 -- An older row is of another job, which had this id before Procrastinate's tables were made anew.
                 SELECT count(*) AS rescues
                     FROM procrastinate_stalled.rescues AS rescue
-                    WHERE rescue.job_id = stalled.id
+                    WHERE rescue.job_id = chosen.id
                         AND (deferred_at IS NULL OR rescue.rescued_at >= deferred_at)
                         AND rescue.action = 'retried'
                         AND rescue.reason <> 'manual'
             ) AS earlier
-            LEFT JOIN LATERAL procrastinate_stalled._waiting_job(stalled.queueing_lock) AS waiting ON true
+            LEFT JOIN LATERAL procrastinate_stalled._waiting_job(chosen.queueing_lock) AS waiting ON true
     ), planned AS (
         SELECT numbered.*,
                CASE WHEN may_be_retried AND queueing_lock IS NOT NULL THEN coalesce(
                    waiting_id,
                    -- Of several stalled jobs with one queueing lock the first takes the place in todo.
-                   nullif(first_value(id) OVER (PARTITION BY queueing_lock, may_be_retried ORDER BY id), id)
+                   nullif(
+                       first_value(CASE WHEN verdict <> 'running' THEN id END) OVER (
+                           PARTITION BY queueing_lock, may_be_retried
+                           ORDER BY array_position(ARRAY['stalled', 'held', 'running'], verdict), id
+                       ),
+                       id
+                   )
                ) END AS duplicate_of
             FROM numbered
     ), decided AS (
         SELECT planned.*,
                CASE
-                   WHEN coalesce(rule_action, 'ignore') = 'ignore' THEN 'ignore'
+                   WHEN verdict = 'ignored' THEN 'ignore'
                    WHEN abort_requested THEN 'abort'
                    WHEN NOT may_be_retried THEN 'fail'
                    WHEN duplicate_of IS NULL THEN 'retry'
@@ -600,12 +812,12 @@ BEGIN
            worker_id,
            last_heartbeat,
            started_at,
-           rule_name,
-           reason,
+           coalesce(pause_name, next_rule_name),
+           CASE WHEN stalled_at IS NOT NULL THEN reason END,
            nullif(stalled_at, '-infinity'),
            action,
            CASE
-               WHEN rule_name IS NULL THEN 'no rule'
+               WHEN coalesce(pause_name, next_rule_name) IS NULL THEN 'no rule'
                WHEN action = 'ignore' THEN 'rule'
                WHEN action = 'abort' THEN 'abort requested'
                WHEN duplicate_of IS NOT NULL THEN 'duplicate of job ' || duplicate_of
@@ -621,14 +833,29 @@ BEGIN
                ))
            END,
            CASE WHEN action = 'retry' THEN retry_queue_name END,
-           CASE WHEN action = 'retry' THEN retry_priority END
+           CASE WHEN action = 'retry' THEN retry_priority END,
+           verdict,
+           seen_at,
+           available_since,
+           forgiven_until,
+           run_ends_at,
+           heartbeat_timeout,
+           run_timeout,
+           nobody_is_alive,
+           nobody_until,
+           waiting_id,
+           rescues,
+           pause_name,
+           pause_ends_at,
+           pause_note,
+           next_rule_name
         FROM decided
         ORDER BY id;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._judge(text, text, interval, interval, bigint[]) IS
-    'The judgement of the jobs in doing: those that are stalled, why, and what a sweep would do with each. Without intervals by the rules; with one, the rows of JobManager.get_stalled_jobs, of which the rules still choose the action. With job_ids only those of them, without their args.';
+COMMENT ON FUNCTION procrastinate_stalled._judge(text, text, interval, interval, bigint[], boolean) IS
+    'The judgement of the jobs in doing: those that are stalled or held, why, and what a sweep would do with each once it is not held. Without intervals by the rules and the evidence; with one, the rows of JobManager.get_stalled_jobs, of which the rules still choose the action. With job_ids only those of them, without their args. also_running: the other jobs in doing too.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.get_stalled_jobs(
@@ -644,13 +871,37 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.get_stalled_jobs(
 AS $$
 BEGIN
     RETURN QUERY
-        SELECT *
+        SELECT judged.id,
+               judged.queue_name,
+               judged.task_name,
+               judged.priority,
+               judged.lock,
+               judged.queueing_lock,
+               judged.args,
+               judged.status,
+               judged.scheduled_at,
+               judged.attempts,
+               judged.abort_requested,
+               judged.worker_id,
+               judged.last_heartbeat,
+               judged.started_at,
+               judged.rule_name,
+               judged.reason,
+               judged.stalled_at,
+               CASE judged.verdict WHEN 'held' THEN 'hold' ELSE judged.action END,
+               CASE judged.verdict WHEN 'held' THEN 'no living worker' ELSE judged.detail END,
+               judged.duplicate_of,
+               judged.retry_at,
+               judged.retry_queue_name,
+               judged.retry_priority
             FROM procrastinate_stalled._judge(
                 queue,
                 task_name,
                 procrastinate_stalled._seconds('seconds_since_heartbeat', seconds_since_heartbeat),
                 procrastinate_stalled._seconds('nb_seconds', nb_seconds)
-            );
+            ) AS judged
+            -- The rule of a paused job says that it is ignored.
+            WHERE judged.verdict <> 'held' OR judged.pause_name IS NULL;
 END;
 $$;
 
@@ -658,14 +909,365 @@ COMMENT ON FUNCTION procrastinate_stalled.get_stalled_jobs(text, text, double pr
 $$The stalled jobs, with the evidence and what a sweep would do. Writes nothing.
 
 Arguments, all optional:
-  queue                    only jobs of this queue
+  queue                    only jobs of this queue: others are not looked at, not as duplicates either
   task_name                only jobs of this task (equal, not a pattern)
   seconds_since_heartbeat  instead of the rules' timeouts: jobs whose worker has been silent for longer, and orphans
   nb_seconds               instead of all that: jobs that started longer ago, whatever their worker says
 Returns one row of stalled_job per job, by id. Without seconds, what the rules call stalled now; with seconds, exactly
 the jobs of Procrastinate's JobManager.get_stalled_jobs with the same argument (nb_seconds wins over
-seconds_since_heartbeat there too).
+seconds_since_heartbeat there too), without regard to outages and to whether any worker is alive.
 Errors: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years.$$;
+-- What the judgement is, for people: a sentence about each job in doing, and the workers. Nothing in this file writes
+-- or locks.
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._in_words(
+    duration interval
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    IMMUTABLE
+    STRICT
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    seconds CONSTANT bigint := greatest(trunc(extract(epoch FROM duration)), 0)::bigint;
+    units CONSTANT text[] := ARRAY['d', 'h', 'min', 's'];
+    numbers CONSTANT bigint[] := ARRAY[seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60];
+BEGIN
+    IF seconds < 10 THEN
+        RETURN round(greatest(extract(epoch FROM duration), 0), CASE WHEN duration < '0.1 s' THEN 3 ELSE 1 END)::real || ' s';
+    END IF;
+    FOR i IN 1..3 LOOP
+        IF numbers[i] > 0 THEN
+            RETURN concat_ws(' ', numbers[i], units[i], nullif(numbers[i + 1], 0), CASE WHEN numbers[i + 1] > 0 THEN units[i + 1] END);
+        END IF;
+    END LOOP;
+    RETURN seconds || ' s';
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._in_words(interval) IS
+    'A duration with its two largest units, such as 3 min 12 s.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._in_words(
+    at timestamp with time zone
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    STRICT
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN coalesce(to_char(at, CASE WHEN at::date = now()::date THEN 'HH24:MI:SS' ELSE 'YYYY-MM-DD HH24:MI:SS' END), at::text);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._in_words(timestamp with time zone) IS
+    'A time of day in the TimeZone of the session, with the date if that is not today.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._sentence(
+    judged procrastinate_stalled._judged_job
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    rule_name CONSTANT text := 'rule ' || CASE
+        WHEN judged.next_rule_name ~ '^[[:alnum:]_-]+$' THEN judged.next_rule_name
+        ELSE format('"%s"', judged.next_rule_name)
+    END;
+    pause CONSTANT text := CASE WHEN judged.pause_name IS NOT NULL THEN format(
+        '"%s"%s holds it back until %s',
+        judged.pause_name, ' (' || judged.pause_note || ')', procrastinate_stalled._in_words(judged.pause_ends_at)
+    ) END;
+    evidence text;
+    patience text;
+    prospect text;
+    consequence text;
+BEGIN
+    IF judged.verdict = 'ignored' THEN
+        RETURN CASE
+            WHEN judged.pause_name IS NOT NULL AND judged.next_rule_name IS NULL
+                THEN format('"%s" ignores it, and no other rule matches it: nothing is ever done to it', judged.pause_name)
+            WHEN judged.next_rule_name IS NULL THEN 'no rule matches it: nothing is ever done to it'
+            ELSE format('%s ignores it: nothing is ever done to it', rule_name)
+        END;
+    END IF;
+
+    evidence := CASE
+        WHEN judged.reason = 'run_timeout' THEN
+            format('it has run for %s', procrastinate_stalled._in_words(now() - greatest(judged.started_at, 'epoch')))
+        WHEN judged.worker_id IS NULL AND judged.seen_at IS NULL THEN
+            'the row of its worker is gone, which the next sweep will note'
+        WHEN judged.worker_id IS NULL THEN
+            format('the row of its worker is gone, as a sweep saw first at %s', procrastinate_stalled._in_words(judged.seen_at))
+        WHEN judged.last_heartbeat = '-infinity' THEN
+            format('worker %s was never heard', judged.worker_id)
+        WHEN judged.last_heartbeat > clock_timestamp() THEN
+            format(
+                'the last heartbeat of worker %s lies in the future (%s), because a clock was wrong',
+                judged.worker_id, procrastinate_stalled._in_words(judged.last_heartbeat)
+            )
+        ELSE
+            format('worker %s was last heard %s ago', judged.worker_id, procrastinate_stalled._in_words(now() - judged.last_heartbeat))
+    END;
+
+    patience := CASE
+        WHEN judged.reason = 'run_timeout' THEN
+            format('%s allows %s', rule_name, procrastinate_stalled._in_words(judged.run_timeout))
+        WHEN judged.reason IS NULL THEN
+            format('%s sets no limit', rule_name)
+        WHEN judged.stalled_at = judged.forgiven_until THEN
+            format(
+                '%sthe server became available at %s; %s waits %s from then%s',
+                CASE WHEN judged.worker_id IS NULL THEN 'it was started before ' WHEN isfinite(judged.last_heartbeat) THEN 'that was before ' END,
+                procrastinate_stalled._in_words(judged.available_since),
+                rule_name,
+                procrastinate_stalled._in_words(judged.forgiven_until - judged.available_since),
+                CASE WHEN judged.forgiven_until > judged.available_since + judged.heartbeat_timeout THEN ' (settings.outage_grace)' END
+            )
+        WHEN judged.stalled_at = judged.nobody_until + judged.heartbeat_timeout THEN
+            format(
+                'no worker at all was heard until %s; %s waits %s from then',
+                procrastinate_stalled._in_words(judged.nobody_until), rule_name,
+                procrastinate_stalled._in_words(judged.heartbeat_timeout)
+            )
+        ELSE
+            format('%s waits %s', rule_name, procrastinate_stalled._in_words(judged.heartbeat_timeout))
+    END;
+
+    consequence := CASE judged.action
+        WHEN 'abort' THEN 'aborts it, as requested'
+        WHEN 'wait' THEN format('lets it wait for job %s, which has the same queueing lock', judged.duplicate_of)
+        WHEN 'retry' THEN 'puts it back to todo'
+            || coalesce(', to start ' || procrastinate_stalled._in_words(judged.retry_at - now()) || ' later', '')
+        ELSE 'fails it, because ' || CASE
+            WHEN judged.duplicate_of IS NOT NULL
+                THEN format('job %s has the same queueing lock and does the same work', judged.duplicate_of)
+            WHEN judged.detail = 'max_rescues' AND judged.rescues = 0 THEN 'its rule allows no retry (max_rescues)'
+            WHEN judged.detail = 'max_rescues'
+                THEN format('it was retried %s already (max_rescues)', CASE judged.rescues WHEN 1 THEN 'once' ELSE judged.rescues || ' times' END)
+            ELSE 'the rule says so'
+        END
+    END;
+
+    prospect := CASE judged.verdict
+        WHEN 'running' THEN concat_ws('; ',
+            CASE
+                WHEN judged.stalled_at IS NULL THEN 'it counts as running until it ends'
+                WHEN judged.reason = 'heartbeat' THEN format('stalled at %s unless it beats again', procrastinate_stalled._in_words(judged.stalled_at))
+                ELSE format('stalled at %s unless it ends before', procrastinate_stalled._in_words(judged.stalled_at))
+            END,
+            CASE WHEN judged.nobody_is_alive AND judged.stalled_at IS NOT NULL AND judged.reason <> 'run_timeout' THEN
+                'held then while no worker at all is heard'
+            END,
+            CASE WHEN judged.stalled_at IS NOT NULL AND judged.action <> 'retry' THEN format('a sweep then %s', consequence) END,
+            pause
+        )
+        WHEN 'held' THEN concat_ws('; ',
+            format('stalled since %s', procrastinate_stalled._in_words(judged.stalled_at)),
+            coalesce(
+                pause,
+                format(
+                    'held, because no worker at all was heard in the last %s, and none could run it (settings.require_live_worker)',
+                    procrastinate_stalled._in_words(judged.heartbeat_timeout / 2)
+                )
+            ),
+            format('the first sweep %s %s', CASE WHEN pause IS NULL THEN 'after a worker is heard again' ELSE 'after that' END, consequence),
+            CASE WHEN judged.pause_name IS NULL AND judged.run_ends_at IS NOT NULL THEN
+                format('its run timeout counts in any case, at %s', procrastinate_stalled._in_words(judged.run_ends_at))
+            END
+        )
+        ELSE
+            format('stalled since %s; the next sweep %s', procrastinate_stalled._in_words(judged.stalled_at), consequence)
+    END;
+
+    RETURN concat_ws('; ', evidence, patience, prospect);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._sentence(procrastinate_stalled._judged_job) IS
+    'The judgement of a job in words: the evidence, the patience of its rule, what will be done.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._explained(
+    judged procrastinate_stalled._judged_job
+)
+    RETURNS procrastinate_stalled.explained_job
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN ROW(
+        judged.id,
+        judged.queue_name,
+        judged.task_name,
+        judged.status,
+        judged.attempts,
+        judged.worker_id,
+        judged.last_heartbeat,
+        judged.seen_at,
+        judged.started_at,
+        judged.available_since,
+        judged.rule_name,
+        judged.verdict,
+        judged.reason,
+        judged.stalled_at,
+        judged.action,
+        judged.detail,
+        procrastinate_stalled._sentence(judged)
+    );
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._explained(procrastinate_stalled._judged_job) IS
+    'The judgement of a job as explain_job() returns it.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.explain_jobs(
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL
+)
+    RETURNS SETOF procrastinate_stalled.explained_job
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN QUERY
+        SELECT explained.*
+            -- The others are judged too, because one of them may have the same queueing lock.
+            FROM procrastinate_stalled._judge(also_running => true) AS judged
+            CROSS JOIN LATERAL procrastinate_stalled._explained(judged) AS explained
+            WHERE (explain_jobs.queue IS NULL OR judged.queue_name = explain_jobs.queue)
+                AND (explain_jobs.task_name IS NULL OR judged.task_name = explain_jobs.task_name)
+            ORDER BY judged.stalled_at, judged.id;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.explain_jobs(text, text) IS
+$$The jobs in doing, stalled or not: when each counts as stalled, by which rule and evidence, and what a sweep does then.
+Writes nothing.
+
+Arguments, all optional:
+  queue      only jobs of this queue
+  task_name  only jobs of this task (equal, not a pattern)
+Returns one row of explained_job per job, the earliest stalled_at first.$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.explain_job(
+    job_id bigint
+)
+    RETURNS procrastinate_stalled.explained_job
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    explained procrastinate_stalled.explained_job;
+BEGIN
+    IF explain_job.job_id IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'job_id must not be NULL',
+            DETAIL = 'It says which job to explain.',
+            HINT = 'All jobs in doing: SELECT * FROM procrastinate_stalled.explain_jobs();';
+    END IF;
+
+    SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts
+        INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts
+        FROM procrastinate_jobs AS job
+        WHERE job.id = explain_job.job_id;
+
+    IF explained.status = 'doing' THEN
+        SELECT (procrastinate_stalled._explained(judged)).*
+            INTO explained
+            FROM procrastinate_stalled._judge(
+                -- The jobs with the same queueing lock are judged with it, because one of them may take its place.
+                job_ids => ARRAY(
+                    SELECT doing.id
+                        FROM procrastinate_stalled._doing_jobs(NULL) AS doing
+                        JOIN procrastinate_jobs AS job
+                            ON job.id = explain_job.job_id
+                            AND (doing.id = job.id OR doing.queueing_lock = job.queueing_lock)
+                ),
+                also_running => true
+            ) AS judged
+            WHERE judged.id = explain_job.job_id;
+        RETURN explained;
+    END IF;
+
+    explained.verdict := CASE WHEN explained.job_id IS NULL THEN 'no such job' ELSE 'not doing' END;
+    explained.sentence := CASE
+        WHEN explained.job_id IS NULL THEN format('there is no job %s: it was deleted, or never existed in this database', job_id)
+        WHEN explained.status = 'todo' THEN 'it waits in todo for a worker to fetch it: there is nothing to rescue'
+        WHEN explained.status IN ('succeeded', 'failed', 'cancelled', 'aborted')
+            THEN format('it has ended, its status is %s: there is nothing to rescue', explained.status)
+        ELSE format('its status is %s and not doing: there is nothing to rescue', explained.status)
+    END;
+    explained.job_id := explain_job.job_id;
+    RETURN explained;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.explain_job(bigint) IS
+$$Whether one job is stalled, by which rule and on what evidence; if it is not yet, when it will be; what a sweep does then;
+and all of it in one sentence. Writes nothing.
+
+Argument:
+  job_id  procrastinate_jobs.id
+Returns one row of explained_job, also for a job that is not in doing or does not exist: see its verdict.
+Errors: invalid_parameter_value, when job_id is NULL.$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.workers()
+    RETURNS TABLE (
+        worker_id bigint,
+        last_heartbeat timestamp with time zone,
+        age interval,
+        doing bigint,
+        state text
+    )
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+        SELECT worker.id,
+               worker.last_heartbeat,
+               CASE WHEN isfinite(worker.last_heartbeat) THEN now() - worker.last_heartbeat END,
+               count(job.id),
+               CASE
+                   -- In a transaction that has lasted, now() is older than the latest heartbeats.
+                   WHEN worker.last_heartbeat BETWEEN now() - interval '30 seconds' AND clock_timestamp() THEN 'alive'
+                   ELSE 'silent'
+               END
+            FROM procrastinate_workers AS worker
+            LEFT JOIN procrastinate_stalled._doing_jobs(NULL) AS job ON job.worker_id = worker.id
+            GROUP BY worker.id
+            ORDER BY worker.id;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.workers() IS
+$$The workers that Procrastinate knows. A worker whose row is gone may still live: any worker that starts deletes the rows
+of those that have been silent for 30 seconds (prune_stalled_workers). Writes nothing.
+
+Returns, by worker_id:
+  worker_id       procrastinate_workers.id
+  last_heartbeat  by default a worker beats every 10 seconds
+  age             how long ago that was; NULL, if the time is infinite
+  doing           its jobs in doing
+  state           alive, or silent: not heard of for 30 seconds, Procrastinate's default stalled_worker_timeout$$;
 -- Putting stalled jobs back, or ending them. Every statement here may meet Procrastinate's fetch, finish, retry, abort
 -- and prune, an application that defers, and another sweep:
 -- * worker rows are locked before job rows, each in id order, as Procrastinate's prune does; the other order deadlocks;
@@ -721,7 +1323,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
 AS $$
 #variable_conflict use_column
 DECLARE
-    candidates procrastinate_stalled.stalled_job[];
+    candidates procrastinate_stalled._judged_job[];
     silent_workers bigint[];
     rescued procrastinate_stalled.rescues[];
     to_wake bigint[] := ARRAY[]::bigint[];
@@ -732,7 +1334,7 @@ BEGIN
         candidates := ARRAY(
             SELECT judged
                 FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest) AS judged
-                WHERE judged.action IN ('retry', 'fail', 'abort')
+                WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
         );
 
         -- A worker that beat since it was judged is dropped from the silent ones, and with it its jobs.
@@ -1108,7 +1710,7 @@ BEGIN
     WITH to_rescue AS (
         SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
             FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
-            WHERE judged.action IN ('retry', 'fail', 'abort')
+            WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
     )
     SELECT array_agg(id ORDER BY id)
         FROM to_rescue
@@ -1215,10 +1817,14 @@ BEGIN
                 FOR UPDATE OF sweep SKIP LOCKED
         );
     UPDATE procrastinate_stalled.sweeps
-        SET waiting = (
-                SELECT count(*)
+        SET (waiting, held, held_reason, newest_worker_id) = (
+                SELECT count(*) FILTER (WHERE verdict = 'stalled'),
+                       count(*) FILTER (WHERE verdict = 'held'),
+                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held'),
+                       CASE WHEN bool_or(verdict = 'held' AND pause_name IS NULL) THEN (
+                           SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker
+                       ) END
                     FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
-                    WHERE action <> 'ignore'
             ),
             duration = clock_timestamp() - started_at
         WHERE id = sweep_id;
@@ -1326,7 +1932,7 @@ BEGIN
                    retry_at,
                    current_user || coalesce(' (' || nullif(current_setting('application_name'), '') || ')', '')
                 FROM procrastinate_stalled._judge(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time)
-                WHERE action IN ('retry', 'fail', 'abort')
+                WHERE verdict = 'stalled' AND action IN ('retry', 'fail', 'abort')
                 ORDER BY id
                 LIMIT max_jobs;
         RETURN;
@@ -1375,6 +1981,151 @@ Returns the rows of rescues that it wrote. With seconds too, the rules choose th
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
 or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;
+-- Pauses: rules in front of all others that ignore jobs until they expire. A sweep judges each batch anew, so a pause
+-- counts from the next batch on.
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.pause(
+    duration interval DEFAULT '1 hour',
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL,
+    reason text DEFAULT NULL
+)
+    RETURNS procrastinate_stalled.rules
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '5s'
+AS $$
+#variable_conflict use_column
+DECLARE
+    new_name CONSTANT text := 'pause'
+        || coalesce(' queue ' || quote_literal(pause.queue), '')
+        || coalesce(' task ' || quote_literal(pause.task_name), '');
+    new_rule procrastinate_stalled.rules;
+BEGIN
+    -- A comparison takes a year for 360 days and the epoch for 365.25.
+    IF (pause.duration > '0' AND pause.duration <= '10 years'
+        AND extract(epoch FROM pause.duration) BETWEEN 0 AND extract(epoch FROM interval '10 years')) IS NOT TRUE
+    THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'duration must be longer than 0 and at most 10 years',
+            DETAIL = format('It is %s.', coalesce(pause.duration::text, 'NULL')),
+            HINT = 'Nothing was changed. Example: SELECT procrastinate_stalled.pause(''2 hours'', reason => ''deployment'');';
+    END IF;
+    IF pause.task_name ~ '(^|[^\\])(\\\\)*\\$' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'task_name must be a LIKE pattern',
+            DETAIL = format('"%s" ends in an escape character.', pause.task_name),
+            HINT = 'Nothing was changed. Examples: billing.% for all tasks of a module, billing\_send for an underscore as it stands.';
+    END IF;
+
+    DELETE FROM procrastinate_stalled.rules
+        WHERE position = -2147483648 AND expires_at <= now();
+    INSERT INTO procrastinate_stalled.rules (name, position, expires_at, queue_name, task_name, action, note)
+        VALUES (new_name, -2147483648, now() + pause.duration, pause.queue, pause.task_name, 'ignore', pause.reason)
+        ON CONFLICT (name) DO UPDATE
+            SET enabled = true, expires_at = excluded.expires_at, note = excluded.note,
+                queue_name = excluded.queue_name, task_name = excluded.task_name, args = NULL
+            WHERE rules.position = -2147483648
+        RETURNING *
+        INTO new_rule;
+    IF new_rule.name IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('there is a rule "%s" already', new_name),
+            DETAIL = 'It was not made by pause(), which would give its own rule this name.',
+            HINT = 'Nothing was changed. Give that rule another name.';
+    END IF;
+    RETURN new_rule;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.pause(interval, text, text, text) IS
+$$Lets sweeps leave jobs alone for a while, whatever other rules say, a run_timeout too. It adds a rule in front of all
+others that ignores the matching jobs until it expires. Called again for the same jobs, it sets the end and the reason
+anew. A batch that a sweep is writing at this moment is still written; the next one obeys. retry_job() does not.
+
+Arguments, all optional:
+  duration   from now on, longer than 0 and at most 10 years
+  queue      only jobs of exactly this queue
+  task_name  only jobs whose task name is LIKE this pattern
+  reason     for those who read status(), or the sentences of explain_job()
+Returns the new row of rules.
+Errors, after which nothing is changed: invalid_parameter_value (duration, task_name), duplicate_object (another rule has
+the name).$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._end_of_pause(
+    pause procrastinate_stalled.rules
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF pause.position > -2147483648 OR pause.args IS NOT NULL THEN
+        RETURN format('DELETE FROM procrastinate_stalled.rules WHERE name = %L;', pause.name);
+    END IF;
+    RETURN format('SELECT procrastinate_stalled.resume(%s);', concat_ws(', ',
+        'queue => ' || quote_literal(pause.queue_name), 'task_name => ' || quote_literal(pause.task_name)
+    ));
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._end_of_pause(procrastinate_stalled.rules) IS
+    'The statement that ends a pause: one that pause() made, or a rule of the user''s.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.resume(
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL
+)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '5s'
+AS $$
+#variable_conflict use_column
+DECLARE
+    removed boolean;
+    others record;
+BEGIN
+    WITH pause AS (
+        DELETE FROM procrastinate_stalled.rules
+            WHERE position = -2147483648
+                AND queue_name IS NOT DISTINCT FROM resume.queue
+                AND task_name IS NOT DISTINCT FROM resume.task_name
+                AND args IS NULL
+            RETURNING enabled AND expires_at > now() AS in_force
+    )
+    SELECT coalesce(bool_or(in_force), false)
+        INTO removed
+        FROM pause;
+
+    SELECT string_agg(format('"%s", until %s', name, expires_at), '; ' ORDER BY position, name) AS pauses,
+           string_agg(procrastinate_stalled._end_of_pause(rules), ' ' ORDER BY position, name) AS remedy
+        INTO others
+        FROM procrastinate_stalled.rules
+        WHERE enabled AND expires_at > now() AND action = 'ignore';
+    IF others.pauses IS NOT NULL THEN
+        RAISE NOTICE USING
+            MESSAGE = 'procrastinate_stalled: other pauses are still in force',
+            DETAIL = others.pauses,
+            HINT = others.remedy;
+    END IF;
+    RETURN removed;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.resume(text, text) IS
+$$Ends the pause that was made with the same arguments. A notice names the pauses that are still in force.
+
+Arguments, all optional:
+  queue      as given to pause()
+  task_name  as given to pause()
+Returns whether that pause was in force.$$;
 -- pg_cron. It may be absent, in another database, or closed to this role: each is said, with the way out.
 -- cron.job shows a role its own jobs only; a superuser sees all.
 
@@ -1551,6 +2302,163 @@ $$Removes the pg_cron job that sweeps this database: the current role's; called 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
 insufficient_privilege (no USAGE on schema cron).$$;
+-- What Procrastinate's events tell of the past: how long runs take, and which rescues were mistakes. Nothing in this file
+-- writes or locks.
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._first_event_since(
+    since timestamp with time zone
+)
+    RETURNS bigint
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    low bigint;
+    high bigint;
+    middle bigint;
+    probe record;
+BEGIN
+    -- There is no index on the times. The ids grow with them, so their index is searched by halves.
+    SELECT min(id), max(id) + 1
+        INTO low, high
+        FROM procrastinate_events;
+    WHILE low < high LOOP
+        middle := low + (high - low) / 2;
+        SELECT event.id, event.at
+            INTO probe
+            FROM procrastinate_events AS event
+            -- The time of such an event is that for which the job is scheduled.
+            WHERE event.id >= middle AND event.type <> 'scheduled' AND event.at IS NOT NULL
+            ORDER BY event.id
+            LIMIT 1;
+        IF probe.at < since THEN
+            low := probe.id + 1;
+        ELSE
+            high := middle;
+        END IF;
+    END LOOP;
+    RETURN low;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._first_event_since(timestamp with time zone) IS
+    'The id of the first event that is not older. Ids grow with time but for transactions that last: events that were written within the duration of such a one after that time may come before it.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.task_runtimes(
+    since timestamp with time zone DEFAULT NULL
+)
+    RETURNS TABLE (
+        task_name text,
+        runs bigint,
+        p50 interval,
+        p99 interval,
+        longest interval
+    )
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+    SET jit = off
+AS $$
+#variable_conflict use_column
+DECLARE
+    begin_at CONSTANT timestamp with time zone := coalesce(since, now() - interval '7 days');
+    first_id CONSTANT bigint := procrastinate_stalled._first_event_since(begin_at);
+BEGIN
+    RETURN QUERY
+    WITH event AS (
+        SELECT event.job_id,
+               event.type,
+               event.at,
+               lead(event.type) OVER (PARTITION BY event.job_id ORDER BY event.id) AS end_type,
+               lead(event.at) OVER (PARTITION BY event.job_id ORDER BY event.id) AS ended_at
+            FROM procrastinate_events AS event
+            WHERE event.id >= first_id
+                AND event.at >= begin_at
+                AND event.type IN ('started', 'succeeded', 'failed', 'deferred_for_retry', 'aborted')
+    )
+    SELECT job.task_name::text,
+           count(*),
+           percentile_cont(0.5) WITHIN GROUP (ORDER BY event.ended_at - event.at),
+           percentile_cont(0.99) WITHIN GROUP (ORDER BY event.ended_at - event.at),
+           max(event.ended_at - event.at)
+        FROM event
+        JOIN procrastinate_jobs AS job ON job.id = event.job_id
+        WHERE event.type = 'started'
+            AND event.end_type <> 'started'
+            -- A clock that is set leaves such runs.
+            AND event.ended_at >= event.at
+            AND isfinite(event.ended_at)
+            AND NOT EXISTS (
+                SELECT
+                    FROM procrastinate_stalled.rescues AS rescue
+                    WHERE rescue.job_id = event.job_id AND rescue.rescued_at = event.ended_at
+            )
+        GROUP BY job.task_name
+        ORDER BY job.task_name;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.task_runtimes(timestamp with time zone) IS
+$$How long runs of each task took, from Procrastinate's events: a basis for a run_timeout. Writes nothing.
+
+Argument:
+  since  only runs that started since then; NULL: the last 7 days; '-infinity': all. It reads the events since then only
+Returns, by task_name:
+  task_name  of the jobs
+  runs       runs that ended: succeeded, failed, aborted, or to be retried by their worker. Not those that a rescue ended,
+             for nobody knows how long they ran (if its row was not purged yet, see settings.keep_rescues), nor those of
+             deleted jobs
+  p50        half of them took at most so long
+  p99        99 of 100 took at most so long
+  longest    the longest one$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._false_rescues(
+    since timestamp with time zone
+)
+    RETURNS SETOF procrastinate_stalled.rescues
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+    SET jit = off
+AS $$
+BEGIN
+    RETURN QUERY
+        SELECT rescue.*
+            FROM procrastinate_stalled.rescues AS rescue
+            JOIN procrastinate_jobs AS job ON job.id = rescue.job_id
+            LEFT JOIN LATERAL (
+                SELECT event.type
+                    FROM procrastinate_events AS event
+                    WHERE event.job_id = rescue.job_id
+                        AND event.type IN ('started', 'cancelled')
+                        AND event.id > (
+                            SELECT max(own.id + 0)
+                                FROM procrastinate_events AS own
+                                WHERE own.job_id = rescue.job_id
+                                    AND own.type = 'deferred_for_retry'
+                                    AND own.at = rescue.rescued_at
+                        )
+                    -- Without the sum, a planner without statistics reads the primary key to the end, once per rescue.
+                    ORDER BY event.id + 0
+                    LIMIT 1
+            ) AS next ON true
+            WHERE rescue.rescued_at >= since
+                AND rescue.action = 'retried'
+                -- Procrastinate's trigger writes "cancelled" when a job in todo is cancelled, succeeds or fails, and nothing
+                -- when it is aborted.
+                AND CASE next.type
+                    WHEN 'started' THEN false
+                    WHEN 'cancelled' THEN job.status <> 'cancelled'
+                    ELSE job.status = 'aborted'
+                END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._false_rescues(timestamp with time zone) IS
+    'The retries since then whose former run finished after all: the job reached its end before its retry was started. A former run that finishes while the retry runs, or after it, leaves no trace (finish_job_v1 takes no worker).';
 -- The health of the whole, for people and monitors.
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.version()
@@ -1577,42 +2485,68 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
+    -- Who has locked a table is told instead of waited for.
+    SET lock_timeout = '1s'
 AS $$
 #variable_conflict use_column
 DECLARE
+    rights CONSTANT text := format(
+        'As the owner: GRANT USAGE ON SCHEMA procrastinate_stalled TO %1$I; GRANT SELECT ON ALL TABLES IN SCHEMA procrastinate_stalled TO %1$I; GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA procrastinate_stalled TO %1$I; and SELECT on Procrastinate''s tables.',
+        current_user
+    );
+    damaged CONSTANT text := 'The installation is damaged. To make it anew, without its rules and records: procrastinate-stalled uninstall && procrastinate-stalled install';
+    sweeping_role text := current_user::text;
     cron_job_id bigint;
     cron_job record;
     cron_run record;
     last_sweep record;
-    counts record;
+    facts record;
 BEGIN
     name := 'procrastinate';
     BEGIN
-        SELECT count(*) AS workers,
-               count(*) FILTER (WHERE last_heartbeat > now() - interval '30 seconds') AS alive
-            INTO counts
-            FROM procrastinate_workers;
-        level := CASE WHEN counts.alive > 0 THEN 'ok' ELSE 'warning' END;
-        detail := format('schema %s; %s of %s workers heard of in the last 30 s',
-            (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')), counts.alive, counts.workers);
-        hint := CASE WHEN counts.alive = 0 THEN 'Start a worker: without one nobody runs the jobs that are put back.' END;
+        -- No row is read: it is only asked whether this role may.
+        PERFORM FROM procrastinate_jobs, procrastinate_workers, procrastinate_events LIMIT 0;
+        SELECT schema,
+               to_regclass(format('%I.procrastinate_jobs_lock_idx_v1', schema)) IS NOT NULL AS has_index,
+               to_regproc(format('%I.procrastinate_retry_job_v2', schema)) IS NOT NULL AS can_retry_failed,
+               to_regproc(format('%I.procrastinate_defer_jobs_v1', schema)) IS NOT NULL AS can_defer_many
+            INTO facts
+            FROM (SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')) AS found (schema);
+        detail := format('schema %s, as of Procrastinate %s', facts.schema, CASE
+            WHEN facts.can_retry_failed THEN '3.4 or later'
+            WHEN facts.can_defer_many THEN '3.2 or 3.3'
+            ELSE '3.1'
+        END);
+        IF facts.has_index THEN
+            level := 'ok';
+            hint := NULL;
+        ELSE
+            level := 'warning';
+            detail := detail || '; its index procrastinate_jobs_lock_idx_v1 is missing, so each sweep reads all jobs that there ever were';
+            hint := 'Apply all migrations of your version of Procrastinate, pre and post.';
+        END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := 'Apply Procrastinate''s schema, or grant this role SELECT on its tables.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
     END;
     RETURN NEXT;
 
     name := 'schedule';
     BEGIN
         PERFORM procrastinate_stalled._require_pg_cron();
-        SELECT jobid, schedule, active, username
+        SELECT job.jobid,
+               job.schedule,
+               job.active,
+               job.username,
+               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username) AS can_log_in
             INTO cron_job
-            FROM cron.job
-            WHERE jobname = 'procrastinate_stalled' AND database = current_database()
-            ORDER BY active DESC, jobid
+            FROM cron.job AS job
+            WHERE job.jobname = 'procrastinate_stalled' AND job.database = current_database()
+            ORDER BY job.active DESC, job.jobid
             LIMIT 1;
         cron_job_id := cron_job.jobid;
+        sweeping_role := coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = cron_job.username), sweeping_role);
         IF cron_job_id IS NULL THEN
             level := 'warning';
             detail := 'pg_cron has no job "procrastinate_stalled" that this role can see';
@@ -1621,6 +2555,10 @@ BEGIN
             level := 'error';
             detail := format('pg_cron job %s of role %s is not active', cron_job.jobid, cron_job.username);
             hint := 'SELECT procrastinate_stalled.schedule(); activates it again.';
+        ELSIF cron_job.can_log_in IS NOT TRUE THEN
+            level := 'error';
+            detail := format('pg_cron job %s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, cron_job.username);
+            hint := format('ALTER ROLE %I LOGIN; or unschedule it, and schedule it as another role.', cron_job.username);
         ELSE
             level := 'ok';
             detail := format('pg_cron job %s, "%s", as role %s', cron_job.jobid, cron_job.schedule, cron_job.username);
@@ -1630,6 +2568,7 @@ BEGIN
         level := 'warning';
         detail := SQLERRM;
         GET STACKED DIAGNOSTICS hint = PG_EXCEPTION_HINT;
+        hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
         IF level = 'warning' AND (
@@ -1682,19 +2621,23 @@ BEGIN
         SELECT sweep.started_at, sweep.duration, sweep.error, now() - sweep.started_at AS age
             INTO last_sweep
             FROM procrastinate_stalled.sweeps AS sweep
-            ORDER BY sweep.started_at DESC
+            ORDER BY sweep.id DESC
             LIMIT 1;
         IF last_sweep.started_at IS NULL THEN
             level := 'warning';
             detail := 'there is no record of a sweep';
             hint := 'SELECT procrastinate_stalled.schedule(); or: CALL procrastinate_stalled.sweep();';
-        ELSIF last_sweep.age > interval '1 hour' THEN
+        ELSIF last_sweep.age < interval '-1 minute' THEN
             level := 'warning';
-            detail := format('the last sweep was at %s, %s ago', last_sweep.started_at, date_trunc('minute', last_sweep.age));
+            detail := format('the last sweep was at %s, which lies in the future: a clock was wrong', last_sweep.started_at);
+            hint := 'CALL procrastinate_stalled.sweep(); the next sweep by the right clock ends this.';
+        ELSIF last_sweep.age > interval '1 hour' THEN
+            level := CASE WHEN last_sweep.age > interval '1 day' THEN 'error' ELSE 'warning' END;
+            detail := format('the last sweep was at %s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := 'See the rows schedule and last_run.';
         ELSIF last_sweep.duration IS NULL AND last_sweep.age > interval '10 minutes' THEN
             level := 'warning';
-            detail := format('the sweep of %s has not ended in %s', last_sweep.started_at, date_trunc('minute', last_sweep.age));
+            detail := format('the sweep of %s has not ended in %s', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := 'It is still running (pg_stat_activity), or it was cancelled or lost its server: see last_run, or CALL procrastinate_stalled.sweep();';
         ELSIF last_sweep.error IS NOT NULL THEN
             level := 'warning';
@@ -1702,32 +2645,205 @@ BEGIN
             hint := 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.';
         ELSE
             level := 'ok';
-            detail := format('%s', last_sweep.started_at);
+            detail := format('%s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
             hint := NULL;
         END IF;
     EXCEPTION WHEN OTHERS THEN
-        level := 'warning';
+        level := 'error';
         detail := SQLERRM;
-        hint := 'Grant this role SELECT on procrastinate_stalled.sweeps.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'available_since';
+    BEGIN
+        SELECT at
+            INTO facts
+            FROM procrastinate_stalled._available_since() AS at;
+        detail := format('the server has been available since %s', facts.at);
+        IF facts.at > clock_timestamp() THEN
+            level := 'warning';
+            detail := detail || ', which lies in the future: a clock was wrong, and no outage is forgiven until then';
+            hint := 'The next restart of the server ends this. Until then: SELECT procrastinate_stalled.pause(...); if workers may have lost their heartbeats.';
+        ELSIF pg_is_in_recovery() THEN
+            level := 'ok';
+            detail := detail || ' as a standby, on which nothing is swept';
+            hint := NULL;
+        ELSIF pg_has_role(sweeping_role, 'pg_read_all_stats', 'USAGE') AND has_table_privilege(sweeping_role, 'pg_stat_activity', 'SELECT') THEN
+            level := 'ok';
+            hint := NULL;
+        ELSE
+            level := 'warning';
+            detail := detail || format('; role %s cannot see whether it has recovered from a crash or was promoted since', sweeping_role);
+            hint := format('As a superuser: GRANT pg_read_all_stats TO %I;', sweeping_role);
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE
+            WHEN '42501' THEN rights || format(' And as a superuser: GRANT pg_read_all_stats TO %I;', current_user)
+            ELSE damaged
+        END;
+    END;
+    RETURN NEXT;
+
+    name := 'workers';
+    BEGIN
+        SELECT count(*) FILTER (WHERE state = 'alive') AS alive,
+               count(*) FILTER (WHERE state = 'silent') AS silent,
+               count(*) FILTER (WHERE state = 'silent' AND doing > 0) AS missed
+            INTO facts
+            FROM procrastinate_stalled.workers();
+        level := CASE WHEN facts.alive > 0 THEN 'ok' ELSE 'warning' END;
+        detail := format('%s alive, %s silent for 30 s, %s of these with jobs in doing', facts.alive, facts.silent, facts.missed);
+        hint := CASE WHEN facts.alive = 0 THEN 'Start a worker: without one nobody runs any job, and a sweep that finds none alive holds the jobs of the silent ones (settings.require_live_worker).' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
     END;
     RETURN NEXT;
 
     name := 'jobs';
     BEGIN
         SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
-               count(*) AS stalled,
-               count(*) FILTER (WHERE action = 'wait') AS waiting,
-               min(stalled_at) AS since
-            INTO counts
+               count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
+               count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
+               count(*) FILTER (WHERE verdict = 'held') AS held,
+               string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held') AS held_by,
+               count(*) FILTER (WHERE verdict = 'stalled' AND action <> 'wait') AS due,
+               (
+                   SELECT count(*) > 0
+                       FROM procrastinate_stalled.sweeps
+                       WHERE started_at > now() - interval '1 hour'
+               ) AS swept
+            INTO facts
             FROM procrastinate_stalled._judge();
-        level := CASE WHEN counts.stalled = 0 THEN 'ok' ELSE 'warning' END;
-        detail := format('%s in doing, %s stalled', counts.doing, counts.stalled)
-            || CASE WHEN counts.stalled > 0 THEN format(' since %s, %s of them wait for a job with the same queueing lock', counts.since, counts.waiting) ELSE '' END;
-        hint := CASE WHEN counts.stalled > 0 THEN 'The next sweep rescues them. Which, and why: SELECT * FROM procrastinate_stalled.get_stalled_jobs();' END;
+        detail := format('%s in doing, %s stalled', facts.doing, facts.stalled)
+            || CASE WHEN facts.waiting > 0 THEN format(' (%s of them wait for a job with the same queueing lock)', facts.waiting) ELSE '' END
+            || format(', %s held', facts.held)
+            || CASE WHEN facts.held > 0 THEN format(' (%s)', facts.held_by) ELSE '' END;
+        IF facts.due > 0 AND NOT facts.swept THEN
+            level := 'error';
+            detail := detail || '; and there was no sweep in the last hour';
+            hint := 'See the rows schedule, last_run and last_sweep. By hand: CALL procrastinate_stalled.sweep();';
+        ELSIF facts.stalled + facts.held > 0 THEN
+            level := 'warning';
+            hint := 'Which, why, and what becomes of them: SELECT * FROM procrastinate_stalled.explain_jobs() WHERE verdict IN (''stalled'', ''held'');';
+        ELSE
+            level := 'ok';
+            hint := NULL;
+        END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := 'Apply Procrastinate''s schema, or grant this role SELECT on its tables and on procrastinate_stalled''s.';
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'given_up';
+    BEGIN
+        SELECT count(*) AS jobs,
+               count(*) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old,
+               string_agg(
+                   format('job %s (for %s, while job %s waits)', id, procrastinate_stalled._in_words(now() - greatest(started_at, 'epoch')), waiting_id),
+                   ', ' ORDER BY started_at, id
+               ) FILTER (WHERE number <= 5) AS examples
+            INTO facts
+            FROM (
+                SELECT judged.*, row_number() OVER (ORDER BY judged.started_at, judged.id) AS number
+                    FROM procrastinate_stalled._judge(also_running => true) AS judged
+                    JOIN procrastinate_stalled.workers() AS worker ON worker.worker_id = judged.worker_id
+                    WHERE judged.waiting_id IS NOT NULL AND worker.state = 'alive'
+            ) AS suspect;
+        level := CASE WHEN facts.old > 0 THEN 'warning' ELSE 'ok' END;
+        detail := format('%s running under a living worker while a job with the same queueing lock waits', facts.jobs)
+            || coalesce(': ' || facts.examples || CASE WHEN facts.jobs > 5 THEN ', ...' ELSE '' END, '');
+        hint := CASE WHEN facts.old > 0 THEN 'Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SELECT procrastinate_finish_job_v1(<id>, ''failed'', false);' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'rules';
+    BEGIN
+        SELECT count(*) AS rules,
+               string_agg(DISTINCT format('"%s" waits only %s', rule.name, procrastinate_stalled._in_words(heartbeat_timeout)), '; ')
+                   FILTER (WHERE heartbeat_timeout < '30 seconds') AS hasty,
+               string_agg(DISTINCT format('"%s" retries without limit', rule.name), '; ')
+                   FILTER (WHERE action = 'retry' AND max_rescues IS NULL) AS endless
+            INTO facts
+            FROM procrastinate_stalled.rules AS rule
+            WHERE enabled
+                AND (expires_at IS NULL OR expires_at > now())
+                AND action <> 'ignore'
+                AND coalesce(heartbeat_timeout, run_timeout) IS NOT NULL;
+        IF facts.rules = 0 THEN
+            level := 'error';
+            detail := 'no rule is in force that calls any job stalled';
+            hint := 'INSERT INTO procrastinate_stalled.rules (name, position) VALUES (''default'', 2147483647) ON CONFLICT (name) DO UPDATE SET enabled = true, expires_at = NULL, action = ''retry'', heartbeat_timeout = ''5 minutes'';';
+        ELSE
+            level := CASE WHEN facts.hasty IS NULL AND facts.endless IS NULL THEN 'ok' ELSE 'warning' END;
+            detail := concat_ws('; ', format('%s in force', facts.rules), facts.hasty, facts.endless);
+            hint := nullif(concat_ws(' ',
+                CASE WHEN facts.hasty IS NOT NULL THEN 'A worker beats every 10 s: a heartbeat_timeout under 30 s robs a busy one.' END,
+                CASE WHEN facts.endless IS NOT NULL THEN 'A job that kills its workers goes on killing them: set max_rescues.' END
+            ), '');
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'pauses';
+    BEGIN
+        SELECT string_agg(
+                   format('"%s"%s until %s', rule.name, ' (' || note || ')', expires_at), '; ' ORDER BY position, rule.name
+               ) AS pauses,
+               string_agg(procrastinate_stalled._end_of_pause(rule), ' ' ORDER BY position, rule.name) AS remedy
+            INTO facts
+            FROM procrastinate_stalled.rules AS rule
+            WHERE enabled AND expires_at > now() AND action = 'ignore';
+        level := CASE WHEN facts.pauses IS NULL THEN 'ok' ELSE 'warning' END;
+        detail := coalesce(facts.pauses, 'none');
+        hint := 'To end it: ' || facts.remedy;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE damaged END;
+    END;
+    RETURN NEXT;
+
+    name := 'false_rescues';
+    BEGIN
+        WITH mistake AS (
+            SELECT coalesce('rule "' || rescue.rule_name || '"', 'retry_job()') AS culprit, count(*) AS number
+                FROM procrastinate_stalled._false_rescues(now() - interval '7 days') AS rescue
+                GROUP BY culprit
+        )
+        SELECT (SELECT coalesce(sum(number), 0) FROM mistake) AS mistakes,
+               (SELECT string_agg(format('%s by %s', number, culprit), ', ' ORDER BY number DESC, culprit) FROM mistake) AS culprits,
+               (
+                   SELECT count(*)
+                       FROM procrastinate_stalled.rescues
+                       WHERE rescued_at >= now() - interval '7 days' AND action = 'retried'
+               ) AS retries
+            INTO facts;
+        level := CASE WHEN facts.mistakes = 0 THEN 'ok' ELSE 'warning' END;
+        detail := format('%s of %s retries of the last 7 days', facts.mistakes, facts.retries)
+            || CASE WHEN facts.mistakes = 0 THEN ' are known to have been mistakes' ELSE format(
+                ' (%s %%) were of jobs whose former run finished after all: %s',
+                round(100 * facts.mistakes / greatest(facts.retries, 1), 1), facts.culprits
+            ) END;
+        hint := CASE WHEN facts.mistakes > 0 THEN 'Their workers were alive: give that rule a longer heartbeat_timeout or run_timeout. Only those that finished before their retry was started can be seen.' END;
+    EXCEPTION WHEN OTHERS THEN
+        level := 'error';
+        detail := SQLERRM;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
     END;
     RETURN NEXT;
 END;
@@ -1737,7 +2853,10 @@ COMMENT ON FUNCTION procrastinate_stalled.status() IS
 $$The health of the whole, one row per check. It never raises, whatever is missing and whatever the role may not see.
 
 Returns:
-  name    procrastinate, schedule, last_run (if scheduled), last_sweep, jobs
+  name    procrastinate (its schema and version), schedule (pg_cron's job), last_run (of that job, if there is one),
+          last_sweep (by any means), available_since (of the server: precise or not), workers, jobs (stalled and held),
+          given_up (jobs that a living worker probably abandoned), rules (those that can bite), pauses, false_rescues
+          (retries of the last 7 days whose former run finished after all)
   level   ok, warning or error
   detail  the fact
   hint    the remedy; NULL where all is well$$;
