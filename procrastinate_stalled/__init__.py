@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from procrastinate_stalled.client_async import AsyncStalled
     from procrastinate_stalled.installation import install, migrations_sql, uninstall
     from procrastinate_stalled.periodic import add_periodic_sweep
-    from procrastinate_stalled.rows import Rescue, StalledJob, Status
+    from procrastinate_stalled.rows import ExplainedJob, Rescue, Rule, StalledJob, Status, TaskRuntime, Worker
 
     __version__: str
 
 __all__ = [
     "AsyncStalled",
+    "ExplainedJob",
     "Rescue",
+    "Rule",
     "Stalled",
     "StalledJob",
     "Status",
+    "TaskRuntime",
+    "Worker",
     "add_periodic_sweep",
     "install",
     "migrations_sql",
@@ -33,10 +37,14 @@ __all__ = [
 
 _MODULES = {
     "AsyncStalled": "client_async",
+    "ExplainedJob": "rows",
     "Rescue": "rows",
+    "Rule": "rows",
     "Stalled": "client",
     "StalledJob": "rows",
     "Status": "rows",
+    "TaskRuntime": "rows",
+    "Worker": "rows",
     "add_periodic_sweep": "periodic",
     "install": "installation",
     "migrations_sql": "installation",

@@ -5,36 +5,49 @@ psycopg, yoyo and rich are imported where they are used, so that ``--help`` answ
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
 import re
+import signal
 import sys
 import threading
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import psycopg
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
-    from procrastinate_stalled.rows import Rescue, Status
+    from procrastinate_stalled.rows import ExplainedJob, Rescue, Status
 
 OK, WARNING, ERROR, FAILED = 0, 1, 2, 3
 INTERRUPTED = 130
+TERMINATED = 143
 
 SCHEMA = "procrastinate_stalled"
 
 # invalid_schema_name, undefined_table, undefined_function, undefined_column
 NOT_THERE = {"3F000", "42P01", "42883", "42703"}
 
+HOW_TO_WRITE_A_DURATION = "Write a duration as PostgreSQL does: 90 seconds, 5 min, 1 hour 30 min, 2 days."
+
 # Where the server gives no hint of its own.
 HINTS = {
+    "22007": HOW_TO_WRITE_A_DURATION,
+    "22015": HOW_TO_WRITE_A_DURATION,
     "42501": "Connect as the role that installed it, or as the owner of Procrastinate's tables.",
     "25006": "Connect to the primary.",
 }
@@ -57,6 +70,56 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object per row, keys are the SQL columns.")]
 Queue = Annotated[str | None, typer.Option(help="Only jobs of this queue.")]
 TaskName = Annotated[str | None, typer.Option(help="Only jobs of this task.")]
+TaskPattern = Annotated[
+    str | None,
+    typer.Option(metavar="PATTERN", help="Only jobs whose task is LIKE this pattern, such as billing.%."),
+]
+RuleName = Annotated[str, typer.Argument(metavar="NAME", help="The rule.")]
+
+
+COLORS = {
+    "ok": "green",
+    "warning": "yellow",
+    "error": "red",
+    "alive": "green",
+    "silent": "red",
+    "running": "green",
+    "held": "yellow",
+    "stalled": "red",
+    "ignored": "dim",
+}
+
+# On the command line it stands for NULL.
+NONE = "none"
+
+# An option for each column of the table rules, with what its value is. What is not given is left to the table.
+RULE_COLUMNS = {
+    "position": ("INTEGER", "Order in which the rules are tried, lowest first."),
+    "enabled": ("BOOLEAN", "Whether the rule matches anything."),
+    "expires_at": (
+        "TIME",
+        "The rule is void from then on (ISO 8601; local time unless it has an offset). none: it never expires.",
+    ),
+    "queue_name": ("NAME", "Only jobs of exactly this queue. none: of any."),
+    "task_name": ("PATTERN", "Only jobs whose task is LIKE this pattern, such as billing.%. none: any."),
+    "args": ("JSON", "Only jobs whose arguments contain this object. none: any."),
+    "heartbeat_timeout": (
+        "DURATION",
+        "Stalled when the worker has not been heard of for so long. none: silence never counts.",
+    ),
+    "run_timeout": ("DURATION", "Stalled when it started so long ago, whatever its worker says. none: no limit."),
+    "action": ("ACTION", "retry, fail, or ignore: never touch it."),
+    "max_rescues": ("INTEGER", "After so many retries of the same job it is failed, not retried. none: no limit."),
+    "retry_delay": ("DURATION", "Wait before the first retry of a job."),
+    "retry_backoff": ("NUMBER", "Each further rescue of the same job waits this many times longer."),
+    "retry_queue_name": ("NAME", "Queue of the retry. none: unchanged."),
+    "retry_priority": ("INTEGER", "Priority of the retry. none: unchanged."),
+    "on_duplicate": (
+        "ACTION",
+        "When another job with the same queueing lock already waits: fail the stalled one, or wait for a later sweep.",
+    ),
+    "note": ("TEXT", "Free text. none: no note."),
+}
 
 
 def _time(text: str) -> datetime:
@@ -66,6 +129,10 @@ def _time(text: str) -> datetime:
         raise typer.BadParameter(
             f"{text!r} is not a time such as 2030-12-31T18:30 or 2030-12-31T18:30+01:00"
         ) from error
+
+
+def _time_text(text: str) -> str:
+    return text if text == NONE else _time(text).isoformat()
 
 
 @app.callback()
@@ -124,7 +191,7 @@ def sql() -> None:
 @app.command(
     name="list",
     epilog="Examples:\n\nprocrastinate-stalled list --queue emails\n\n"
-    "procrastinate-stalled list --seconds-since-heartbeat 60 --json",
+    "procrastinate-stalled list --seconds-since-heartbeat 60 --json\n\nprocrastinate-stalled list --watch",
 )
 def list_(
     context: typer.Context,
@@ -138,10 +205,26 @@ def list_(
         float | None,
         typer.Option(help="Instead of all that: the job started more seconds ago, whatever its worker says."),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Instead: all running jobs, with the time left until each counts as stalled, until Ctrl-C.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the stalled jobs, and what a sweep would do with each."""
     from procrastinate_stalled.client import Stalled
+
+    if watch:
+        if as_json or seconds_since_heartbeat is not None or nb_seconds is not None:
+            raise typer.BadParameter(
+                "it goes together with --queue and --task-name only, not with --seconds-since-heartbeat, "
+                "--nb-seconds or --json.",
+                param_hint="--watch",
+            )
+        _watch(context, queue, task_name)
 
     with _connection(context) as connection:
         jobs = Stalled(connection).get_stalled_jobs(
@@ -168,6 +251,95 @@ def list_(
                 )
                 for job in jobs
             ],
+        )
+
+
+@app.command(epilog="Example:\n\nprocrastinate-stalled explain 42")
+def explain(
+    context: typer.Context,
+    job_id: Annotated[int, typer.Argument(metavar="JOB_ID", help="The job, in any status.")],
+    as_json: Json = False,
+) -> None:
+    """Say whether a job is stalled, by which rule, on what evidence, and when it will be."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        if not as_json:
+            _use_local_time(connection)
+        job = Stalled(connection).explain_job(job_id)
+    if as_json:
+        _print_json(asdict(job))
+        return
+    _print(f"Job {job_id}: {job.sentence}.")
+    evidence = [
+        ("Queue", job.queue_name),
+        ("Task", job.task_name),
+        ("Status", job.status),
+        ("Attempts", job.attempts),
+        ("Started", job.started_at),
+        ("Worker", job.worker_id),
+        ("Last heartbeat", job.last_heartbeat),
+        ("Seen without a worker", job.seen_at),
+        ("Server available since", job.available_since),
+        ("Rule", job.rule_name),
+        ("Verdict", _colored(job.verdict)),
+        ("Stalled at", job.stalled_at),
+        ("Reason", job.reason),
+        ("A sweep would then", job.action and _with_detail(job.action, job.detail)),
+    ]
+    if job.status is not None:
+        _print("")
+        _print_table(["Evidence", ""], [(name, value) for name, value in evidence if value is not None])
+
+
+@app.command()
+def workers(context: typer.Context, as_json: Json = False) -> None:
+    """List the workers, with their last heartbeats and the number of jobs that each runs."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        workers = Stalled(connection).workers()
+    if as_json:
+        _print_json([asdict(worker) for worker in workers])
+    elif not workers:
+        _print("No workers.")
+    else:
+        _print_table(
+            ["Worker", "Last heartbeat", "Age", "Doing", "State"],
+            [
+                (worker.worker_id, worker.last_heartbeat, worker.age, worker.doing, _colored(worker.state))
+                for worker in workers
+            ],
+        )
+
+
+@app.command(epilog="Example:\n\nprocrastinate-stalled runtimes --since 2030-12-31T18:30")
+def runtimes(
+    context: typer.Context,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            parser=_time,
+            metavar="TIME",
+            help="Only runs that started since then (ISO 8601; local time unless it has an offset). "
+            "Without it: in the last 7 days.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how long the runs of each task took: the basis for a run timeout."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        runtimes = Stalled(connection).task_runtimes(since)
+    if as_json:
+        _print_json([asdict(runtime) for runtime in runtimes])
+    elif not runtimes:
+        _print("No run has started and ended in that time.")
+    else:
+        _print_table(
+            ["Task", "Runs", "p50", "p99", "Longest"],
+            [(runtime.task_name, runtime.runs, runtime.p50, runtime.p99, runtime.longest) for runtime in runtimes],
         )
 
 
@@ -203,9 +375,11 @@ def sweep(
     if as_json:
         _print_json(row)
     elif row is not None:
+        held = _with_detail(f"{row['held']} held", row["held_reason"])
         _print(
             f"{row['doing']} jobs in doing: {row['retried']} retried, {row['failed']} failed, "
-            f"{row['aborted']} aborted, {row['waiting']} left for a later sweep."
+            f"{row['aborted']} aborted, {held}, "
+            f"{row['waiting']} left for a later sweep."
         )
     if row is not None and row["error"] is not None:
         _complain("Warning", f"a job could not be rescued: {row['error']}")
@@ -243,6 +417,49 @@ def retry(
         _print_json(asdict(rescue))
     else:
         _print(f"Job {rescue.job_id} ({rescue.task_name}): {_with_detail(rescue.action, rescue.detail)}.")
+
+
+@app.command(
+    epilog="Examples:\n\nprocrastinate-stalled pause\n\n"
+    "procrastinate-stalled pause '2 hours' --task-name billing.% --reason 'the network is being moved'"
+)
+def pause(
+    context: typer.Context,
+    duration: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DURATION", help="For how long, as PostgreSQL writes it: '90 min', '2 days'. Without it: 1 hour."
+        ),
+    ] = None,
+    queue: Queue = None,
+    task_name: TaskPattern = None,
+    reason: Annotated[str | None, typer.Option(help="Free text for whoever meets the pause.")] = None,
+) -> None:
+    """Rescue no job for a while."""
+    from psycopg import sql
+    from psycopg.rows import dict_row
+
+    arguments = {"duration": duration, "queue": queue, "task_name": task_name, "reason": reason}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    call = sql.SQL("SELECT * FROM procrastinate_stalled.pause({})").format(
+        sql.SQL(", ").join(sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in given)
+    )
+    with _connection(context) as connection:
+        connection.add_notice_handler(_print_notice)
+        (rule,) = connection.cursor(row_factory=dict_row).execute(call, given).fetchall()
+    _print(f"Paused until {_cell(rule['expires_at'])}. Jobs: {_matches(rule)}.")
+
+
+@app.command(epilog="Example:\n\nprocrastinate-stalled resume --task-name billing.%")
+def resume(context: typer.Context, queue: Queue = None, task_name: TaskPattern = None) -> None:
+    """Remove the pause that was made with the same options."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        connection.add_notice_handler(_print_notice)
+        _use_local_time(connection)
+        removed = Stalled(connection).resume(queue=queue, task_name=task_name)
+    _print("Resumed." if removed else "Not paused, nothing to do.")
 
 
 @app.command(
@@ -284,13 +501,12 @@ def status(context: typer.Context, as_json: Json = False) -> int:
     else:
         from rich.text import Text
 
-        colors = {"ok": "green", "warning": "yellow", "error": "red"}
         _print_table(
             ["Check", "Level", "Detail"],
             [
                 (
                     check.name,
-                    Text(check.level, style=colors[check.level]),
+                    _colored(check.level),
                     Text.assemble(check.detail, (f"\n{check.hint}" if check.hint else "", "dim")),
                 )
                 for check in checks
@@ -299,12 +515,26 @@ def status(context: typer.Context, as_json: Json = False) -> int:
     return max({"ok": OK, "warning": WARNING, "error": ERROR}[check.level] for check in checks)
 
 
-@app.command()
-def rules(context: typer.Context, as_json: Json = False) -> None:
-    """Show the rules, in the order in which a job is compared with them.
+rules_app = typer.Typer(
+    invoke_without_command=True,
+    subcommand_metavar="[COMMAND] [ARGS]...",
+    epilog="Examples:\n\nprocrastinate-stalled rules\n\n"
+    "procrastinate-stalled rules change default --heartbeat-timeout '10 min'",
+)
+app.add_typer(rules_app, name="rules")
 
-    They are edited with SQL, in the table procrastinate_stalled.rules.
+
+@rules_app.callback()
+def rules(context: typer.Context, as_json: Json = False) -> None:
+    """Show the rules, in the order in which a job is compared with them; or add, change or remove one.
+
+    The same is done by SQL in the table procrastinate_stalled.rules.
     """
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise typer.BadParameter("only the list of the rules is printed so.", param_hint="--json")
+        return
+
     from psycopg.rows import dict_row
 
     with _connection(context) as connection:
@@ -315,24 +545,163 @@ def rules(context: typer.Context, as_json: Json = False) -> None:
     elif not rows:
         _print("No rules: no job is ever called stalled.")
     else:
-        _print_table(
-            ["Position", "Rule", "Jobs", "Stalled after", "A sweep would"],
-            [
-                (
-                    rule["position"],
-                    _with_detail(rule["name"], _validity(rule)),
-                    _matches(rule),
-                    _timeouts(rule),
-                    _actions(rule),
-                )
-                for rule in rows
+        _print_rules(rows)
+
+
+def _with_rule_columns(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of `RULE_COLUMNS`; it gets those that were given as its last argument."""
+
+    @wraps(command)
+    def with_columns(context: typer.Context, name: str, **options: str | None) -> None:
+        given = {column: text for column, text in options.items() if text is not None}
+        command(context, name, {column: None if text == NONE else text for column, text in given.items()})
+
+    context, name, _columns = inspect.signature(command, eval_str=True).parameters.values()
+    options = [
+        inspect.Parameter(
+            column,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(parser=_time_text if metavar == "TIME" else None, metavar=metavar, help=explanation),
             ],
         )
+        for column, (metavar, explanation) in RULE_COLUMNS.items()
+    ]
+    with_columns.__signature__ = inspect.Signature([context, name, *options])  # type: ignore[attr-defined]
+    return with_columns
+
+
+@rules_app.command(
+    epilog="Examples:\n\nprocrastinate-stalled rules add reports --queue-name reports --heartbeat-timeout '1 hour'\n\n"
+    "procrastinate-stalled rules add 'charge once' --task-name billing.% --action fail"
+)
+@_with_rule_columns
+def add(context: typer.Context, name: RuleName, columns: dict[str, str | None]) -> None:
+    """Add a rule. What is not given gets the default of the table."""
+    from psycopg import sql
+    from psycopg.rows import dict_row
+
+    row = {"name": name, **columns}
+    statement = sql.SQL("INSERT INTO procrastinate_stalled.rules ({}) VALUES ({}) RETURNING *").format(
+        sql.SQL(", ").join(map(sql.Identifier, row)), sql.SQL(", ").join([sql.Placeholder()] * len(row))
+    )
+    with _connection(context) as connection, _refused_values(connection, row):
+        rules = connection.cursor(row_factory=dict_row).execute(statement, list(row.values())).fetchall()
+    _print(f"Added rule {name}.\n")
+    _print_rules(rules)
+
+
+@rules_app.command(
+    epilog="Examples:\n\nprocrastinate-stalled rules change default --run-timeout '6 hours' --max-rescues none\n\n"
+    "procrastinate-stalled rules change reports --enabled false"
+)
+@_with_rule_columns
+def change(context: typer.Context, name: RuleName, columns: dict[str, str | None]) -> None:
+    """Change a rule. What is not given stays as it is."""
+    from psycopg import sql
+    from psycopg.rows import dict_row
+
+    if not columns:
+        raise typer.BadParameter("there is nothing to change: give at least one option.")
+    statement = sql.SQL("UPDATE procrastinate_stalled.rules SET {} WHERE name = {} RETURNING *").format(
+        sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(column), sql.Placeholder()) for column in columns),
+        sql.Placeholder(),
+    )
+    with _connection(context) as connection, _refused_values(connection, columns):
+        rules = connection.cursor(row_factory=dict_row).execute(statement, [*columns.values(), name]).fetchall()
+        if not rules:
+            _refuse_unknown_rule(connection, name)
+    _print(f"Changed rule {name}.\n")
+    _print_rules(rules)
+
+
+@rules_app.command(epilog="Example:\n\nprocrastinate-stalled rules remove reports")
+def remove(context: typer.Context, name: RuleName) -> None:
+    """Remove a rule. Its jobs obey the next rule that matches them."""
+    with _connection(context) as connection:
+        if connection.execute("DELETE FROM procrastinate_stalled.rules WHERE name = %s", [name]).rowcount == 0:
+            _refuse_unknown_rule(connection, name)
+    _print(f"Removed rule {name}.")
+
+
+@contextmanager
+def _refused_values(connection: psycopg.Connection[Any], values: Mapping[str, str | None]) -> Iterator[None]:
+    """Explain which value the table rules refuses, and exit.
+
+    Parameters
+    ----------
+    values :
+        By column, in the order of the statement's parameters.
+    """
+    import psycopg
+
+    try:
+        yield
+    except psycopg.errors.UniqueViolation as error:
+        _complain(
+            "Error",
+            f"there is already a rule {values['name']}",
+            error.diag.message_detail,
+            "Choose another name, or change that rule: procrastinate-stalled rules change",
+        )
+    except (psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation, psycopg.DataError) as error:
+        parameter = re.search(r"\$(\d+)", error.diag.context or "")
+        described = dict(
+            connection.execute(
+                """
+                SELECT attribute.attname, col_description(attribute.attrelid, attribute.attnum)
+                    FROM pg_attribute AS attribute
+                    LEFT JOIN pg_constraint AS check_
+                        ON check_.conrelid = attribute.attrelid AND check_.conname = %(check)s
+                    WHERE attribute.attrelid = 'procrastinate_stalled.rules'::regclass
+                        AND (attribute.attname = %(column)s OR attribute.attnum = ANY (check_.conkey))
+                    ORDER BY attribute.attnum
+                """,
+                {
+                    "check": error.diag.constraint_name,
+                    "column": list(values)[int(parameter[1]) - 1] if parameter else error.diag.column_name,
+                },
+            ).fetchall()
+        )
+        if not described:
+            raise
+        refused = [
+            f"{column} {NONE if values[column] is None else repr(values[column])}"
+            for column in described
+            if column in values
+        ]
+        _complain(
+            "Error",
+            f"the table of rules refuses {' with '.join(refused)}",
+            error.diag.message_primary,
+            "\n".join(
+                [f"{column}: {comment}" for column, comment in described.items()]
+                + ([HINTS[error.sqlstate]] if error.sqlstate in HINTS else [])
+            ),
+        )
+    else:
+        return
+    raise typer.Exit(FAILED)
+
+
+def _refuse_unknown_rule(connection: psycopg.Connection[Any], name: str) -> NoReturn:
+    names = connection.execute("SELECT name FROM procrastinate_stalled.rules ORDER BY position, name").fetchall()
+    _complain(
+        "Error",
+        f"there is no rule {name}",
+        f"The rules are: {', '.join(name for (name,) in names)}." if names else "There are no rules.",
+        "Add it: procrastinate-stalled rules add",
+    )
+    raise typer.Exit(FAILED)
 
 
 def main() -> None:
     """Run the command line and exit."""
     logging.getLogger("procrastinate_stalled").addHandler(_StderrHandler())
+    # It would warn of the offset of _use_local_time, and write across the table of list --watch.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     sys.exit(_run())
 
 
@@ -382,7 +751,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
 
 
 @contextmanager
-def _connection(context: typer.Context) -> Iterator[psycopg.Connection[Any]]:
+def _connection(context: typer.Context, **options: Any) -> Iterator[psycopg.Connection[Any]]:
     import psycopg
 
     with psycopg.connect(
@@ -390,8 +759,15 @@ def _connection(context: typer.Context) -> Iterator[psycopg.Connection[Any]]:
         autocommit=True,
         client_encoding="utf8",
         fallback_application_name="procrastinate-stalled",
+        **options,
     ) as connection:
         yield connection
+
+
+def _use_local_time(connection: psycopg.Connection[Any]) -> None:
+    """Let the server write times of day as the tables here do."""
+    offset = datetime.now().astimezone().utcoffset() or timedelta()
+    connection.execute("SELECT set_config('TimeZone', %s, false)", [str(offset.total_seconds() / 3600)])
 
 
 def _package_status(sql_version: str) -> Status:
@@ -438,7 +814,7 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, default=default, indent=2) + "\n")
 
 
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -448,9 +824,13 @@ def _print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table.add_row(*(cell if isinstance(cell, Text) else _cell(cell) for cell in row))
     for column in table.columns:
         column.overflow = "fold"
+    return table
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console = _console()
     with console.capture() as printed:
-        console.print(table)
+        console.print(_table(headers, rows))
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
 
 
@@ -459,7 +839,30 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, datetime):
         return f"{value.astimezone():%Y-%m-%d %H:%M:%S}"
+    if isinstance(value, timedelta):
+        return _duration(value)
     return str(value)
+
+
+def _duration(value: timedelta) -> str:
+    """Return the duration with its two largest units; below 10 seconds with a fraction."""
+    # Negative where a clock was wrong.
+    seconds = max(value.total_seconds(), 0)
+    if seconds < 1:
+        return f"{round(seconds * 1000, 1):g} ms" if seconds else "0 s"
+    if seconds < 10:
+        return f"{round(seconds, 1):g} s"
+    days, rest = divmod(round(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    units = [(days, "d"), (hours, "h"), (rest // 60, "min"), (rest % 60, "s")]
+    largest = next(index for index, (number, _unit) in enumerate(units) if number)
+    return " ".join(f"{number} {unit}" for number, unit in units[largest : largest + 2] if number)
+
+
+def _colored(word: str) -> Text:
+    from rich.text import Text
+
+    return Text(word, style=COLORS.get(word, ""))
 
 
 def _with_detail(text: str, detail: str | None) -> str:
@@ -488,6 +891,22 @@ def _print_rescues(rescues: Sequence[Rescue], *, as_json: bool) -> None:
         )
 
 
+def _print_rules(rules: Sequence[Mapping[str, Any]]) -> None:
+    _print_table(
+        ["Position", "Rule", "Jobs", "Stalled after", "A sweep would"],
+        [
+            (
+                rule["position"],
+                _with_detail(rule["name"], _validity(rule)),
+                _matches(rule),
+                _timeouts(rule),
+                _actions(rule),
+            )
+            for rule in rules
+        ],
+    )
+
+
 def _validity(rule: Mapping[str, Any]) -> str | None:
     if not rule["enabled"]:
         return "disabled"
@@ -511,7 +930,7 @@ def _timeouts(rule: Mapping[str, Any]) -> str:
     if rule["action"] == "ignore":
         return "never"
     timeouts = [
-        f"{rule[column]} of {what}"
+        f"{_duration(rule[column])} of {what}"
         for column, what in (("heartbeat_timeout", "silence"), ("run_timeout", "running"))
         if rule[column] is not None
     ]
@@ -521,9 +940,10 @@ def _timeouts(rule: Mapping[str, Any]) -> str:
 def _actions(rule: Mapping[str, Any]) -> str:
     if rule["action"] != "retry":
         return str(rule["action"])
-    parts = ["retry" if rule["max_rescues"] is None else f"retry {rule['max_rescues']} times"]
+    limits = {None: "retry", 1: "retry once"}
+    parts = [limits.get(rule["max_rescues"], f"retry {rule['max_rescues']} times")]
     if rule["retry_delay"]:
-        parts.append(f"after {rule['retry_delay']} (then times {rule['retry_backoff']:g})")
+        parts.append(f"after {_duration(rule['retry_delay'])} (then times {rule['retry_backoff']:g})")
     if rule["retry_queue_name"] is not None:
         parts.append(f"in queue {rule['retry_queue_name']}")
     if rule["retry_priority"] is not None:
@@ -542,6 +962,106 @@ class _StderrHandler(logging.Handler):
 def _print_notice(diagnostic: psycopg.errors.Diagnostic) -> None:
     if diagnostic.severity_nonlocalized in ("NOTICE", "WARNING"):
         _complain("Warning", diagnostic.message_primary or "", diagnostic.message_detail, diagnostic.message_hint)
+
+
+# The live table of list --watch.
+
+
+@dataclass(frozen=True)
+class _RunningJobs:
+    """The running jobs as the database described them last. Each time it is drawn, it has counted on."""
+
+    jobs: list[ExplainedJob]
+    described_at: datetime
+    """By the clock of the server, to which the times of the jobs belong."""
+    received: float
+    """By the clock here that never goes back."""
+    problem: str | None = None
+    """Why the connection is lost."""
+
+    def __rich_console__(self, console: Console, _options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        waited = timedelta(seconds=time.monotonic() - self.received)
+        now = self.described_at + waited
+        verdicts = Counter(job.verdict for job in self.jobs)
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        yield Text(f"{now.astimezone():%H:%M:%S}  {len(self.jobs)} in doing{f': {counts}' if counts else ''}")
+        if self.problem is not None:
+            yield Text(
+                f"Connection lost {_whole_seconds(math.floor, waited)} ago, trying again: {self.problem}", style="red"
+            )
+        elif waited > timedelta(seconds=3):
+            yield Text(f"No answer from the database for {_whole_seconds(math.floor, waited)}", style="yellow")
+        else:
+            yield Text("Ctrl-C ends this", style="dim")
+        yield ""
+        yield _table(
+            ["Job", "Queue", "Task", "Running for", "Verdict", "Stalled", "A sweep would then"],
+            [
+                (
+                    job.job_id,
+                    job.queue_name,
+                    job.task_name,
+                    None if job.started_at is None else _whole_seconds(math.floor, now - job.started_at),
+                    _colored(job.verdict),
+                    _time_left(job.stalled_at, now),
+                    job.action and _with_detail(job.action, job.detail),
+                )
+                for job in self.jobs[: console.height]
+            ],
+        )
+
+
+def _time_left(stalled_at: datetime | None, now: datetime) -> str:
+    if stalled_at is None:
+        return "never"
+    if stalled_at > now:
+        return f"in {_whole_seconds(math.ceil, stalled_at - now)}"
+    return f"{_whole_seconds(math.floor, now - stalled_at)} ago"
+
+
+def _whole_seconds(to_integer: Callable[[float], int], duration: timedelta) -> str:
+    return _duration(timedelta(seconds=to_integer(duration.total_seconds())))
+
+
+def _watch(context: typer.Context, queue: str | None, task_name: str | None) -> NoReturn:
+    import psycopg
+    from rich.live import Live
+
+    from procrastinate_stalled.client import Stalled
+
+    console = _console()
+    if not console.is_interactive:
+        raise typer.BadParameter(
+            "it needs a terminal. For a program: list --json, or explain --json for one job.", param_hint="--watch"
+        )
+    # Ended without a word, it would leave the terminal without a cursor.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(TERMINATED))
+
+    live = Live(console=console, screen=True, refresh_per_second=1)
+    shown: _RunningJobs | None = None
+    with ExitStack() as screen:
+        while True:
+            try:
+                # Without these, a network that is cut goes unnoticed for a quarter of an hour.
+                with _connection(context, connect_timeout=10, tcp_user_timeout=10_000) as connection:
+                    while True:
+                        jobs = Stalled(connection).explain_jobs(queue=queue, task_name=task_name)
+                        ((now,),) = connection.execute("SELECT clock_timestamp()").fetchall()
+                        if shown is None:
+                            # From here on a thread draws it, whatever the next query waits for.
+                            screen.enter_context(live)
+                        shown = _RunningJobs(jobs, now, time.monotonic())
+                        live.update(shown, refresh=True)
+                        time.sleep(1)
+            except psycopg.OperationalError as error:
+                if shown is None:
+                    raise
+                message, detail, _hint = _explain(error)
+                shown = replace(shown, problem=(detail or message).splitlines()[0])
+                live.update(shown, refresh=True)
+            time.sleep(1)
 
 
 # What is shown while one waits, on a terminal only.

@@ -4,16 +4,16 @@ Generated from client_async.py by scripts/generate_sync_client.py: change that f
 """
 
 from dataclasses import fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, LiteralString, TypeVar
 
 from psycopg import Connection, Cursor
 from psycopg.rows import class_row, tuple_row
 from psycopg.sql import SQL, Identifier
 
-from procrastinate_stalled.rows import Rescue, StalledJob, Status
+from procrastinate_stalled.rows import ExplainedJob, Rescue, Rule, StalledJob, Status, TaskRuntime, Worker
 
-Row = TypeVar("Row", StalledJob, Rescue, Status)
+Row = TypeVar("Row", StalledJob, Rescue, ExplainedJob, Worker, Rule, Status, TaskRuntime)
 
 
 class Stalled:
@@ -233,6 +233,125 @@ class Stalled:
                 {"batch_size": batch_size},
             )
 
+    def explain_job(self, job_id: int) -> ExplainedJob:
+        """Say whether a job is stalled, by which rule, on what evidence, and when it will be. Writes nothing.
+
+        Parameters
+        ----------
+        job_id :
+            The job, in any status. There need not be one.
+
+        Returns
+        -------
+        :
+            The verdict with its evidence, and the whole in one sentence.
+
+        Raises
+        ------
+        psycopg.errors.InvalidParameterValue
+            ``job_id`` is None.
+        """
+        explained_jobs = self._fetch(
+            ExplainedJob, "procrastinate_stalled.explain_job(job_id => %(job_id)s::bigint)", job_id=job_id
+        )
+        return explained_jobs[0]
+
+    def explain_jobs(self, *, queue: str | None = None, task_name: str | None = None) -> list[ExplainedJob]:
+        """Explain every job in ``doing``, as `explain_job` does. Writes nothing.
+
+        Parameters
+        ----------
+        queue :
+            Only jobs of this queue.
+        task_name :
+            Only jobs of this task.
+
+        Returns
+        -------
+        :
+            One row per job: those that are or will be stalled first come first, then by id.
+        """
+        return self._fetch(
+            ExplainedJob,
+            "procrastinate_stalled.explain_jobs(queue => %(queue)s, task_name => %(task_name)s)",
+            queue=queue,
+            task_name=task_name,
+        )
+
+    def workers(self) -> list[Worker]:
+        """Return the workers, with the age of their heartbeats and the number of their jobs. Writes nothing."""
+        return self._fetch(Worker, "procrastinate_stalled.workers()")
+
+    def pause(
+        self,
+        duration: timedelta = timedelta(hours=1),
+        *,
+        queue: str | None = None,
+        task_name: str | None = None,
+        reason: str | None = None,
+    ) -> Rule:
+        """Rescue no job for a while: a rule before all others that ignores jobs until it expires.
+
+        Parameters
+        ----------
+        duration :
+            For how long, from now.
+        queue :
+            Only jobs of this queue.
+        task_name :
+            Only jobs whose task is LIKE this pattern, such as ``billing.%``.
+        reason :
+            Free text for whoever meets the pause.
+
+        Returns
+        -------
+        :
+            The row of ``rules`` that is the pause.
+
+        Raises
+        ------
+        psycopg.errors.InvalidParameterValue
+            An argument makes no sense.
+        """
+        rules = self._fetch(
+            Rule,
+            """
+            procrastinate_stalled.pause(
+                duration => %(duration)s::interval,
+                queue => %(queue)s,
+                task_name => %(task_name)s,
+                reason => %(reason)s
+            )
+            """,
+            duration=duration,
+            queue=queue,
+            task_name=task_name,
+            reason=reason,
+        )
+        return rules[0]
+
+    def resume(self, *, queue: str | None = None, task_name: str | None = None) -> bool:
+        """Remove the pause that was made with the same arguments. If other pauses remain, a notice says so.
+
+        Parameters
+        ----------
+        queue :
+            As it was given to `pause`.
+        task_name :
+            As it was given to `pause`.
+
+        Returns
+        -------
+        :
+            Whether there was one.
+        """
+        was_paused: bool = self._fetch_value(
+            "SELECT procrastinate_stalled.resume(queue => %(queue)s, task_name => %(task_name)s)",
+            queue=queue,
+            task_name=task_name,
+        )
+        return was_paused
+
     def schedule(self, *, schedule: str = "* * * * *") -> int:
         """Let pg_cron run the sweep. Called again, it changes the schedule and re-activates the job.
 
@@ -274,6 +393,23 @@ class Stalled:
     def status(self) -> list[Status]:
         """Return the health of the whole, one row per check. Writes nothing."""
         return self._fetch(Status, "procrastinate_stalled.status()")
+
+    def task_runtimes(self, since: datetime | None = None) -> list[TaskRuntime]:
+        """Return how long the runs of each task took: the basis for a ``run_timeout``. Writes nothing.
+
+        Parameters
+        ----------
+        since :
+            Only runs that started since then. None: in the last 7 days.
+
+        Returns
+        -------
+        :
+            One row per task, by name. Runs that a rescue ended are not counted.
+        """
+        return self._fetch(
+            TaskRuntime, "procrastinate_stalled.task_runtimes(since => %(since)s::timestamptz)", since=since
+        )
 
     def version(self) -> str:
         """Return the version of the SQL that is installed in the database."""

@@ -7,9 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
@@ -17,21 +18,28 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from procrastinate_stalled import __version__, migrations_sql
 from tests.conftest import Connect
-from tests.jobs import add_job, add_rule, add_stalled_job, add_worker, get_job, rows
+from tests.jobs import add_job, add_rule, add_stalled_job, add_worker, contents, get_job, insert, rows
 from tests.server import PROJECT, Server
 from tests.test_installation import is_installed
 from tests.wait import wait_until
 
-OK, WARNING, ERROR, FAILED = 0, 1, 2, 3
+OK, WARNING, ERROR, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
-COMMANDS = ["install", "uninstall", "sql", "list", "sweep", "retry", "schedule", "unschedule", "status", "rules"]
+COMMANDS = [
+    *("install", "uninstall", "sql", "list", "explain", "workers", "runtimes", "sweep", "retry", "pause", "resume"),
+    *("schedule", "unschedule", "status", "rules", "rules add", "rules change", "rules remove"),
+]
+
+# The servers of tests seem to be available since -infinity, which no datetime can hold.
+AVAILABLE_SINCE = "2020-01-02T03:04:05Z"
 
 Run = subprocess.CompletedProcess[str]
 
 
 def environment(**variables: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "DATABASE_URL"))}
-    return {**inherited, "PYTHONPATH": str(PROJECT), "TZ": "UTC", **variables}
+    options = f"-c tests.available_since={AVAILABLE_SINCE}"
+    return {**inherited, "PYTHONPATH": str(PROJECT), "PGOPTIONS": options, "TZ": "UTC", **variables}
 
 
 def run(*arguments: str, database: str = "", **variables: str) -> Run:
@@ -45,6 +53,7 @@ def run(*arguments: str, database: str = "", **variables: str) -> Run:
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
 
 
@@ -57,6 +66,12 @@ def succeed(*arguments: str, database: str) -> str:
 
 def rows_of(*arguments: str, database: str) -> Any:
     return json.loads(succeed(*arguments, "--json", database=database))
+
+
+def explain(connection: psycopg.Connection[Any], job: int) -> dict[str, Any]:
+    connection.execute("SELECT set_config('tests.available_since', %s, false)", [AVAILABLE_SINCE])
+    (row,) = rows(connection, "SELECT * FROM procrastinate_stalled.explain_job(%s)", job)
+    return row
 
 
 def expect_error(done: Run, message: str, *, hint: str) -> None:
@@ -158,6 +173,111 @@ def test_json_has_the_columns_as_keys_and_times_in_iso_format(
     assert datetime.fromisoformat(row["last_heartbeat"]).tzinfo is not None
 
 
+def test_explain_shows_the_sentence_then_the_evidence(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_stalled_job(connection, 100, queue_name="[bold]emails", started_ago=7200)
+
+    text = succeed("explain", str(job), database=database)
+
+    sentence, _empty, _headers, _line, *lines = text.splitlines()
+    assert sentence.startswith(f"Job {job}: worker ")
+    assert "was last heard 1 min 4" in sentence
+    assert "rule default waits 5 min" in sentence
+    evidence = explain(connection, job)
+    assert [re.split("  +", line) for line in lines] == [
+        ["Queue", "[bold]emails"],
+        ["Task", "task"],
+        ["Status", "doing"],
+        ["Attempts", "0"],
+        ["Started", f"{evidence['started_at']:%Y-%m-%d %H:%M:%S}"],
+        ["Worker", str(evidence["worker_id"])],
+        ["Last heartbeat", f"{evidence['last_heartbeat']:%Y-%m-%d %H:%M:%S}"],
+        ["Server available since", "2020-01-02 03:04:05"],
+        ["Rule", "default"],
+        ["Verdict", "running"],
+        ["Stalled at", f"{evidence['stalled_at']:%Y-%m-%d %H:%M:%S}"],
+        ["Reason", "heartbeat"],
+        ["A sweep would then", "retry"],
+    ]
+
+
+def test_the_sentence_has_the_times_of_day_of_the_table(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_stalled_job(connection, 100)
+
+    done = run("explain", str(job), database=database, TZ="Asia/Kathmandu")
+
+    (stalled_at,) = re.findall(r"^Stalled at +.*?(\d\d:\d\d:\d\d)$", done.stdout, re.MULTILINE)
+    evidence = explain(connection, job)
+    assert stalled_at == f"{evidence['stalled_at'].astimezone(ZoneInfo('Asia/Kathmandu')):%H:%M:%S}"
+    assert f"{stalled_at} unless it beats again." in done.stdout.splitlines()[0]
+    assert (done.returncode, done.stderr) == (OK, "")
+
+
+def test_explain_explains_a_job_that_is_not_running(database: str, connection: psycopg.Connection[Any]) -> None:
+    ended = add_job(connection, "failed")
+
+    text = succeed("explain", str(ended), database=database)
+
+    assert text.startswith(f"Job {ended}: it has ended")
+    assert re.search(r"^Verdict +not doing$", text, re.MULTILINE)
+    (line,) = succeed("explain", "4242", database=database).splitlines()
+    assert line.startswith("Job 4242: there is no job 4242")
+
+
+def test_explain_prints_the_row(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_stalled_job(connection)
+
+    row = rows_of("explain", str(job), database=database)
+
+    evidence = explain(connection, job)
+    assert list(row) == list(evidence)
+    assert (row["job_id"], row["verdict"], row["seen_at"]) == (job, "stalled", None)
+    assert datetime.fromisoformat(row["stalled_at"]) == evidence["stalled_at"]
+    assert rows_of("explain", "4242", database=database)["verdict"] == "no such job"
+
+
+def test_workers_are_shown_with_their_age_and_state(database: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute("DELETE FROM procrastinate_workers")
+    assert succeed("workers", database=database) == "No workers.\n"
+    assert rows_of("workers", database=database) == []
+    alive, silent = add_worker(connection), add_worker(connection, 3720)
+    add_job(connection, worker_id=silent)
+
+    text = succeed("workers", database=database)
+    first, second = rows_of("workers", database=database)
+
+    assert re.search(rf"^{alive} +\S+ \S+ +\S+ m?s +0 +alive$", text, re.MULTILINE)
+    assert re.search(rf"^{silent} +\S+ \S+ +1 h 2 min +1 +silent$", text, re.MULTILINE)
+    future = add_worker(connection, -60)
+    assert re.search(rf"^{future} +\S+ \S+ +0 s +0 +silent$", succeed("workers", database=database), re.MULTILINE)
+    assert list(first) == ["worker_id", "last_heartbeat", "age", "doing", "state"]
+    assert (second["worker_id"], second["doing"], second["state"]) == (silent, 1, "silent")
+    assert 3720 <= second["age"] < 3750
+
+
+def test_runtimes_are_shown_for_each_task(database: str, connection: psycopg.Connection[Any]) -> None:
+    assert succeed("runtimes", database=database) == "No run has started and ended in that time.\n"
+    assert rows_of("runtimes", database=database) == []
+    for ended_ago, seconds in ((3600, 192), (86400 * 30, 0.25)):
+        job = add_job(connection, "succeeded", task_name="send", started_ago=ended_ago + seconds)
+        connection.execute(
+            """
+            UPDATE procrastinate_events SET at = now() - make_interval(secs => %s)
+                WHERE job_id = %s AND type = 'succeeded'
+            """,
+            [ended_ago, job],
+        )
+    long_ago = f"{datetime.now(UTC) - timedelta(days=60):%Y-%m-%dT%H:%M}"
+
+    text = succeed("runtimes", database=database)
+    (week,) = rows_of("runtimes", database=database)
+    (all_time,) = rows_of("runtimes", "--since", long_ago, database=database)
+
+    assert re.search(r"^send +1 +3 min 12 s +3 min 12 s +3 min 12 s$", text, re.MULTILINE)
+    assert list(week) == ["task_name", "runs", "p50", "p99", "longest"]
+    assert (week["runs"], round(week["longest"])) == (1, 192)
+    assert (all_time["runs"], round(all_time["longest"])) == (2, 192)
+
+
 def test_sweep_rescues_and_says_how_many(database: str, connection: psycopg.Connection[Any]) -> None:
     add_rule(connection, "end", position=1, task_name="end", action="fail")
     retried = [add_stalled_job(connection) for _ in range(2)]
@@ -165,9 +285,21 @@ def test_sweep_rescues_and_says_how_many(database: str, connection: psycopg.Conn
 
     text = succeed("sweep", database=database)
 
-    assert text == "3 jobs in doing: 2 retried, 1 failed, 0 aborted, 0 left for a later sweep.\n"
+    assert text == "3 jobs in doing: 2 retried, 1 failed, 0 aborted, 0 held, 0 left for a later sweep.\n"
     assert {get_job(connection, job)["status"] for job in retried} == {"todo"}
     assert get_job(connection, ended)["status"] == "failed"
+
+
+def test_sweep_says_how_many_it_held_and_why(database: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute("DELETE FROM procrastinate_workers")
+    job = add_stalled_job(connection)
+
+    text = succeed("sweep", database=database)
+
+    assert text == (
+        "1 jobs in doing: 0 retried, 0 failed, 0 aborted, 1 held (no living worker), 0 left for a later sweep.\n"
+    )
+    assert get_job(connection, job)["status"] == "doing"
 
 
 def test_sweep_prints_the_row_that_it_wrote(database: str, connection: psycopg.Connection[Any]) -> None:
@@ -278,7 +410,7 @@ def test_ctrl_c_ends_a_sweep_that_waits(database: str, connection: psycopg.Conne
     process.send_signal(signal.SIGINT)
     _stdout, stderr = process.communicate(timeout=10)
 
-    assert process.returncode == 130
+    assert process.returncode == INTERRUPTED
     assert "Traceback" not in stderr
 
 
@@ -323,6 +455,62 @@ def test_retry_explains_why_it_cannot(database: str, connection: psycopg.Connect
     expect_error(
         run("retry", str(waiting), database=database), f"job {waiting} is not in doing", hint="a worker will fetch it"
     )
+
+
+def test_pause_and_resume_say_what_they_did(database: str, connection: psycopg.Connection[Any]) -> None:
+    job = add_stalled_job(connection, queue_name="emails", task_name="billing.send")
+    options = ("--queue", "emails", "--task-name", "billing.%")
+
+    paused = succeed("pause", "2 days 3 hours", *options, "--reason", "the network", database=database)
+
+    (rule,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE action = 'ignore'")
+    assert paused == f"Paused until {rule['expires_at']:%Y-%m-%d %H:%M:%S}. Jobs: queue emails, task billing.%.\n"
+    left = rule["expires_at"] - datetime.now(UTC)
+    assert timedelta(days=2, hours=2, minutes=59) < left < timedelta(days=2, hours=3)
+    assert rule["note"] == "the network"
+    assert succeed("list", database=database) == "No stalled jobs.\n"
+    assert rows_of("explain", str(job), database=database)["verdict"] == "held"
+
+    assert succeed("resume", *options, database=database) == "Resumed.\n"
+    assert succeed("resume", *options, database=database) == "Not paused, nothing to do.\n"
+    assert [row["id"] for row in rows_of("list", database=database)] == [job]
+
+
+def test_pause_without_arguments_holds_everything_for_an_hour(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    text = succeed("pause", database=database)
+
+    (rule,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE action = 'ignore'")
+    assert (rule["queue_name"], rule["task_name"], rule["note"]) == (None, None, None)
+    assert timedelta(minutes=59) < rule["expires_at"] - datetime.now(UTC) < timedelta(hours=1)
+    assert text.endswith("Jobs: all.\n")
+
+
+def test_resume_says_which_other_pauses_remain(database: str) -> None:
+    succeed("pause", database=database)
+    succeed("pause", "--queue", "emails", database=database)
+
+    done = run("resume", database=database, TZ="Asia/Kathmandu")
+
+    assert (done.returncode, done.stdout) == (OK, "Resumed.\n")
+    assert re.search(r"^Warning: .*other pauses", done.stderr)
+    assert re.search(r"'emails'.*\+05:45$", done.stderr, re.MULTILINE)
+
+
+def test_pause_explains_a_duration_that_it_does_not_understand(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    expect_error(
+        run("pause", "--", "-1 hour", database=database), "duration must be longer than 0", hint="Nothing was changed"
+    )
+    for duration in ("soon", "1000000000000 years"):
+        done = run("pause", duration, database=database)
+        assert done.returncode == FAILED
+        first, last = done.stderr.splitlines()
+        assert re.fullmatch(f'Error: .*"{duration}"', first)
+        assert last.startswith("Hint: Write a duration as PostgreSQL does")
+    assert [rule["name"] for rule in rows(connection, "SELECT * FROM procrastinate_stalled.rules")] == ["default"]
 
 
 def test_schedule_and_unschedule_say_what_they_did(cron_database: str) -> None:
@@ -402,11 +590,14 @@ def test_status_exits_with_the_worst_level(cron_database: str) -> None:
         assert levels(inactive)["schedule"] == "error"
 
 
-def test_status_shows_each_check_with_its_remedy_to_people(database: str) -> None:
+def test_status_shows_each_check_with_its_remedy_to_people(database: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute("DELETE FROM procrastinate_workers")
+
     done = run("status", database=database)
 
     assert (done.returncode, done.stderr) == (WARNING, "")
-    assert re.search(r"^procrastinate +warning +schema public", done.stdout, re.MULTILINE)
+    assert re.search(r"^procrastinate +ok +schema public", done.stdout, re.MULTILINE)
+    assert re.search(r"^workers +warning +0 alive", done.stdout, re.MULTILINE)
     assert "Start a worker" in done.stdout
     assert re.search(rf"^package +ok +version {re.escape(__version__)}", done.stdout, re.MULTILINE)
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -458,12 +649,190 @@ def test_rules_are_shown_in_the_order_in_which_they_are_tried(
     assert max(map(len, succeed("rules", database=database).splitlines())) <= 80
     wide = run("rules", database=database, COLUMNS="300").stdout
     assert re.search(
-        r'5 +big +queue emails, task send%, args \{"a": 1\} +0:05:00 of silence, 1:00:00 of running '
-        r"+retry, after 0:00:30 \(then times 2\), in queue slow, with priority -1",
+        r'5 +big +queue emails, task send%, args \{"a": 1\} +5 min of silence, 1 h of running '
+        r"+retry, after 30 s \(then times 2\), in queue slow, with priority -1",
         wide,
     )
     assert re.search(r"6 +off \(disabled\) +all +never +ignore", wide)
-    assert re.search(r"2147483647 +default +all +0:05:00 of silence +retry 3 times", wide)
+    assert re.search(r"2147483647 +default +all +5 min of silence +retry 3 times", wide)
+
+
+def test_a_rule_is_added_changed_and_removed(database: str, connection: psycopg.Connection[Any]) -> None:
+    def rule() -> dict[str, Any]:
+        (row,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE name = 'charge once'")
+        return row
+
+    added = succeed("rules", "add", "charge once", "--task-name", "billing.%", "--action", "fail", database=database)
+
+    (defaults,) = rows(connection, "INSERT INTO procrastinate_stalled.rules (name) VALUES ('defaults') RETURNING *")
+    assert rule() == defaults | {"name": "charge once", "task_name": "billing.%", "action": "fail"}
+    assert added.startswith("Added rule charge once.\n\n")
+    assert re.search(r"^100 +charge once +task billing\.% +5 min of silence +fail$", added, re.MULTILINE)
+
+    changed = succeed(
+        *("rules", "change", "charge once", "--heartbeat-timeout", "1 h 30 min", "--action", "retry"), database=database
+    )
+
+    assert rule() == defaults | {
+        "name": "charge once",
+        "task_name": "billing.%",
+        "heartbeat_timeout": timedelta(minutes=90),
+    }
+    assert changed.startswith("Changed rule charge once.\n\n")
+    assert re.search(
+        r"^100 +charge once +task billing\.% +1 h 30 min of silence +retry 3 times$", changed, re.MULTILINE
+    )
+
+    assert succeed("rules", "remove", "charge once", database=database) == "Removed rule charge once.\n"
+    assert [row["name"] for row in rows_of("rules", database=database)] == ["defaults", "default"]
+
+
+def test_every_column_of_a_rule_can_be_set_and_changed_and_made_null_where_the_table_allows_it(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    values = {
+        "position": "7",
+        "enabled": "false",
+        "expires_at": "2100-01-02T03:04:05+01:00",
+        "queue_name": "emails",
+        "task_name": "billing.%",
+        "args": '{"to": ["a", 1, null]}',
+        "heartbeat_timeout": "1 day 2 hours",
+        "run_timeout": "3 days",
+        "action": "fail",
+        "max_rescues": "9",
+        "retry_delay": "30 seconds",
+        "retry_backoff": "1.5",
+        "retry_queue_name": "slow",
+        "retry_priority": "-3",
+        "on_duplicate": "wait",
+        "note": "a note",
+    }
+    nullable = {
+        row["column_name"]: row["is_nullable"] == "YES"
+        for row in rows(
+            connection,
+            """
+            SELECT column_name, is_nullable FROM information_schema.columns
+                WHERE table_schema = 'procrastinate_stalled' AND table_name = 'rules'
+            """,
+        )
+    }
+    assert {"name", *values} == set(nullable)
+
+    def rule(name: str) -> dict[str, Any]:
+        (row,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE name = %s", name)
+        return {column: value for column, value in row.items() if column != "name"}
+
+    def options(values: dict[str, str]) -> list[str]:
+        return [f"--{column.replace('_', '-')}={value}" for column, value in values.items()]
+
+    insert(connection, "rules", name="by SQL", **values)
+    succeed("rules", "add", "added", *options(values), database=database)
+    succeed("rules", "change", "default", *options(values), database=database)
+    assert rule("added") == rule("default") == rule("by SQL")
+
+    nulls = {column: "none" for column in values if nullable[column]}
+    succeed("rules", "change", "default", *options(nulls), database=database)
+    assert {column for column, value in rule("default").items() if value is None} == set(nulls)
+
+    for column in set(values) - set(nulls):
+        expect_error(
+            run("rules", "change", "default", *options({column: "none"}), database=database),
+            f"refuses {column} none",
+            hint=f"{column}: ",
+        )
+
+
+def test_the_time_at_which_a_rule_expires_is_local_time(database: str, connection: psycopg.Connection[Any]) -> None:
+    done = run("rules", "add", "new", "--expires-at", "2100-01-02T03:04", database=database, TZ="Asia/Tokyo")
+
+    assert done.returncode == OK
+    (rule,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE name = 'new'")
+    assert rule["expires_at"] == datetime.fromisoformat("2100-01-02T03:04+09:00")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason", "allowed"),
+    [
+        ("--heartbeat-timeout", "11 years", "rules_heartbeat_timeout_in_range", "Longer than 0, at most 10 years."),
+        ("--retry-backoff", "0.5", "rules_retry_backoff_in_range", "From 1 to 1000."),
+        ("--action", "explode", "rules_action_known", "retry: back to todo."),
+        ("--task-name", "x\\", "rules_task_name_is_a_like_pattern", "LIKE this pattern"),
+        ("--args", "[1]", "rules_args_is_an_object", "this JSON object"),
+        ("--args", "{", "type json", "this JSON object"),
+        ("--max-rescues", "many", "type integer", "After so many retries"),
+        ("--position", "3000000000", "out of range for type integer", "lowest first"),
+        ("--enabled", "perhaps", "type boolean", "A rule that is not enabled"),
+    ],
+)
+@pytest.mark.parametrize("command", [["add", "new"], ["change", "default"]], ids=lambda command: command[0])
+def test_a_value_that_the_table_refuses_is_explained_by_its_comment(
+    command: list[str],
+    option: str,
+    value: str,
+    reason: str,
+    allowed: str,
+    database: str,
+    connection: psycopg.Connection[Any],
+) -> None:
+    column = option.removeprefix("--").replace("-", "_")
+    before = contents(connection)
+
+    done = run("rules", *command, "--note", "a note", f"{option}={value}", database=database)
+
+    expect_error(done, f"refuses {column} {value!r}", hint=f"{column}: ")
+    assert reason in done.stderr.splitlines()[1]
+    assert allowed in done.stderr.splitlines()[-1]
+    assert contents(connection) == before
+
+
+def test_a_duration_that_cannot_be_read_is_explained_with_an_example(database: str) -> None:
+    done = run("rules", "change", "default", "--run-timeout", "soon", database=database)
+
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    error, reason, hint, example = done.stderr.splitlines()
+    assert error == "Error: the table of rules refuses run_timeout 'soon'"
+    assert 'type interval: "soon"' in reason
+    assert hint.startswith("Hint: run_timeout: ")
+    assert "90 seconds" in example
+
+
+def test_a_check_of_several_columns_is_explained_by_all_of_them(database: str) -> None:
+    done = run("rules", "add", "new", "--position", "-2147483648", "--action", "fail", database=database)
+
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    error, _reason, *hint = done.stderr.splitlines()
+    assert error == "Error: the table of rules refuses position '-2147483648' with action 'fail'"
+    assert [re.sub(r"^Hint: ", "", line).split(":")[0] for line in hint] == ["position", "expires_at", "action"]
+
+
+def test_a_rule_needs_a_name_of_its_own(database: str) -> None:
+    expect_error(run("rules", "add", "", database=database), "refuses name ''", hint="Unique name")
+    expect_error(
+        run("rules", "add", "default", database=database), "there is already a rule default", hint="rules change"
+    )
+
+
+@pytest.mark.parametrize("command", [["change", "nonsense", "--note", "x"], ["remove", "nonsense"]], ids=" ".join)
+def test_a_rule_that_is_not_there_is_an_error_that_names_those_that_are(
+    command: list[str], database: str, connection: psycopg.Connection[Any]
+) -> None:
+    add_rule(connection, "billing")
+
+    done = run("rules", *command, database=database)
+
+    expect_error(done, "there is no rule nonsense", hint="procrastinate-stalled rules add")
+    assert done.stderr.splitlines()[1] == "The rules are: billing, default."
+    connection.execute("DELETE FROM procrastinate_stalled.rules")
+    assert "There are no rules." in run("rules", *command, database=database).stderr
+
+
+def test_changing_nothing_is_wrong_usage(database: str) -> None:
+    done = run("rules", "change", "default", database=database)
+
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert "nothing to change" in done.stderr
 
 
 def test_rules_says_that_there_are_none(database: str, connection: psycopg.Connection[Any]) -> None:
@@ -472,7 +841,11 @@ def test_rules_says_that_there_are_none(database: str, connection: psycopg.Conne
     assert "No rules" in succeed("rules", database=database)
 
 
-NEEDING_THE_SCHEMA = [["list"], ["sweep"], ["sweep", "--dry-run"], ["retry", "1"], ["schedule"], ["status"], ["rules"]]
+NEEDING_THE_SCHEMA = [
+    *(["list"], ["explain", "1"], ["workers"], ["runtimes"], ["sweep"], ["sweep", "--dry-run"], ["retry", "1"]),
+    *(["pause"], ["resume"], ["schedule"], ["status"], ["rules"], ["rules", "add", "new"]),
+    *(["rules", "change", "default", "--note", "new"], ["rules", "remove", "default"]),
+]
 
 
 @pytest.mark.parametrize("command", NEEDING_THE_SCHEMA, ids=" ".join)
@@ -550,7 +923,13 @@ def test_a_role_without_rights_is_told_which_role_to_use(server: Server, databas
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list", "--nonsense"], ["nonsense"], ["retry"], ["retry", "x"], ["retry", "1", "--at", "soon"]],
+    [
+        *(["list", "--nonsense"], ["nonsense"], ["retry"], ["retry", "x"], ["retry", "1", "--at", "soon"]),
+        *(["explain"], ["explain", "x"], ["workers", "x"], ["runtimes", "--since", "soon"]),
+        *(["rules", "nonsense"], ["rules", "--json", "remove", "default"]),
+        *(["rules", "add"], ["rules", "add", "new", "--expires-at", "soon"], ["rules", "add", "new", "--name", "x"]),
+        *(["rules", "change"], ["rules", "change", "default"], ["rules", "remove"]),
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_3_and_points_to_the_help(arguments: list[str]) -> None:
@@ -567,18 +946,19 @@ def test_bad_values_are_explained_by_the_database(database: str) -> None:
 
 
 def test_the_help_lists_every_command() -> None:
-    done = run("--help")
+    done, rules = run("--help"), run("rules", "--help")
 
     assert (done.returncode, done.stderr) == (OK, "")
     for command in COMMANDS:
-        assert re.search(rf"\b{command}\b", done.stdout)
+        name = command.split()[-1]
+        assert re.search(rf"^│ {name} ", done.stdout if name == command else rules.stdout, re.MULTILINE)
     assert "DATABASE_URL" in done.stdout
     assert "Exit codes" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_help(command: str) -> None:
-    done = run(command, "--help")
+    done = run(*command.split(), "--help")
 
     assert (done.returncode, done.stderr) == (OK, "")
     assert f"Usage: procrastinate-stalled {command}" in done.stdout

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -14,11 +14,25 @@ import pytest
 from psycopg.rows import dict_row, namedtuple_row
 
 import procrastinate_stalled
-from procrastinate_stalled import AsyncStalled, Rescue, Stalled, StalledJob, Status
+from procrastinate_stalled import (
+    AsyncStalled,
+    ExplainedJob,
+    Rescue,
+    Rule,
+    Stalled,
+    StalledJob,
+    Status,
+    TaskRuntime,
+    Worker,
+)
 from tests.conftest import Connect
-from tests.jobs import add_job, add_rule, add_stalled_job, get_job
+from tests.jobs import add_event, add_job, add_orphan_note, add_rule, add_stalled_job, add_worker, get_job, rows
 
 Call = Callable[..., Any]
+
+AVAILABLE_SINCE = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
+# The servers of tests seem to be available since -infinity, which no datetime can hold.
+LATER = {"options": f"-c tests.available_since={AVAILABLE_SINCE:%Y-%m-%dT%H:%M:%SZ}"}
 
 
 def call_sync(
@@ -188,6 +202,154 @@ def test_a_sweep_in_a_transaction_is_an_error_and_changes_nothing(
     assert get_job(connection, job)["status"] == "doing"
 
 
+def test_a_running_job_is_explained_with_all_its_evidence(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    job = add_stalled_job(connection, 100, queue_name="emails", task_name="send", attempts=2, started_ago=200)
+
+    explained = call(database, "explain_job", job, options=LATER)
+
+    assert isinstance(explained, ExplainedJob)
+    assert (explained.job_id, explained.queue_name, explained.task_name) == (job, "emails", "send")
+    assert (explained.status, explained.attempts) == ("doing", 2)
+    (worker,) = rows(connection, "SELECT * FROM procrastinate_workers ORDER BY id DESC LIMIT 1")
+    assert (explained.worker_id, explained.last_heartbeat) == (worker["id"], worker["last_heartbeat"])
+    assert explained.last_heartbeat is not None
+    assert explained.started_at is not None
+    assert timedelta(seconds=90) < explained.last_heartbeat - explained.started_at < timedelta(seconds=110)
+    assert (explained.seen_at, explained.available_since) == (None, AVAILABLE_SINCE)
+    assert (explained.rule_name, explained.verdict, explained.reason) == ("default", "running", "heartbeat")
+    assert explained.stalled_at == explained.last_heartbeat + timedelta(minutes=5)
+    assert (explained.action, explained.detail) == ("retry", None)
+    assert "last heard 1 min 4" in explained.sentence
+
+
+def test_an_orphan_is_explained_by_when_it_was_seen_first(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    job = add_job(connection)
+    add_orphan_note(connection, job, 0, 100)
+
+    explained = call(database, "explain_job", job, options=LATER)
+
+    assert (explained.worker_id, explained.reason) == (None, "orphaned")
+    assert explained.stalled_at == explained.seen_at + timedelta(minutes=5)
+
+
+def test_a_job_that_is_not_there_is_explained_too(call: Call, database: str) -> None:
+    explained = call(database, "explain_job", 4242)
+
+    assert (explained.job_id, explained.verdict, explained.status) == (4242, "no such job", None)
+    assert "4242" in explained.sentence
+
+
+def test_the_explained_jobs_are_selected_by_each_argument_and_the_most_urgent_comes_first(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    add_rule(connection, "alone", position=1, task_name="alone", action="ignore")
+    never = add_job(connection, task_name="alone", worker_id=add_worker(connection))
+    late = add_stalled_job(connection, 10, queue_name="emails", task_name="send")
+    soon = add_stalled_job(connection, 200, task_name="send")
+    add_job(connection, "todo", task_name="send")
+
+    def explained(**arguments: object) -> list[tuple[int, str]]:
+        jobs = call(database, "explain_jobs", **arguments, options=LATER)
+        assert all(isinstance(job, ExplainedJob) for job in jobs)
+        return [(job.job_id, job.verdict) for job in jobs]
+
+    assert explained() == [(soon, "running"), (late, "running"), (never, "ignored")]
+    assert explained(queue="emails") == [(late, "running")]
+    assert explained(task_name="send") == [(soon, "running"), (late, "running")]
+    assert explained(task_name="send", queue="default") == [(soon, "running")]
+
+
+def test_the_workers_come_with_the_age_of_their_heartbeats_and_the_number_of_their_jobs(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("DELETE FROM procrastinate_workers")
+    alive, silent = add_worker(connection, 5), add_worker(connection, 100)
+    for worker in (alive, silent, silent):
+        add_job(connection, worker_id=worker)
+
+    first, second = call(database, "workers")
+
+    assert isinstance(first, Worker)
+    assert (first.worker_id, first.doing, first.state) == (alive, 1, "alive")
+    assert (second.worker_id, second.doing, second.state) == (silent, 2, "silent")
+    assert timedelta(seconds=100) <= second.age < timedelta(seconds=130)
+    assert second.last_heartbeat.tzinfo is not None
+
+
+def test_a_job_that_nobody_could_run_is_held(call: Call, database: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute("DELETE FROM procrastinate_workers")
+    job = add_stalled_job(connection)
+
+    (stalled_job,) = call(database, "get_stalled_jobs")
+
+    assert (stalled_job.id, stalled_job.action, stalled_job.detail) == (job, "hold", "no living worker")
+    assert call(database, "explain_job", job, options=LATER).verdict == "held"
+
+
+def test_a_pause_is_a_rule_that_holds_the_matching_jobs_until_it_is_resumed(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    paused = add_stalled_job(connection, queue_name="emails", task_name="billing.send")
+    other = add_stalled_job(connection)
+    before = datetime.now(UTC)
+
+    rule = call(
+        database, "pause", timedelta(days=2, hours=3), queue="emails", task_name="billing.%", reason="the network"
+    )
+
+    assert isinstance(rule, Rule)
+    (row,) = rows(connection, "SELECT * FROM procrastinate_stalled.rules WHERE name = %s", rule.name)
+    assert {field.name: getattr(rule, field.name) for field in fields(rule)} == row
+    assert (rule.action, rule.queue_name, rule.task_name, rule.note) == ("ignore", "emails", "billing.%", "the network")
+    assert rule.expires_at is not None
+    assert timedelta(0) <= rule.expires_at - before - timedelta(days=2, hours=3) < timedelta(seconds=30)
+    assert [job.id for job in call(database, "get_stalled_jobs")] == [other]
+    assert call(database, "explain_job", paused, options=LATER).verdict == "held"
+
+    assert call(database, "resume") is False
+    assert call(database, "resume", queue="emails") is False
+    assert call(database, "resume", queue="emails", task_name="billing.%") is True
+    assert [job.id for job in call(database, "get_stalled_jobs")] == [paused, other]
+
+
+def test_a_pause_lasts_as_long_as_the_sql_function_says_when_nothing_is_said(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    (by_sql,) = rows(connection, "SELECT expires_at - now() AS duration FROM procrastinate_stalled.pause()")
+    before = datetime.now(UTC)
+
+    rule = call(database, "pause")
+
+    assert timedelta(0) <= rule.expires_at - before - by_sql["duration"] < timedelta(seconds=30)
+
+
+def test_the_runtimes_of_a_task_are_taken_from_its_events(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    for ended_ago, seconds in ((86400, 10), (86400, 20), (86400, 90), (86400 * 30, 500)):
+        job = add_job(connection, "succeeded", task_name="send", started_ago=ended_ago + seconds)
+        connection.execute("DELETE FROM procrastinate_events WHERE job_id = %s AND type = 'succeeded'", [job])
+        add_event(connection, job, "succeeded", ended_ago)
+
+    (week,) = call(database, "task_runtimes")
+    (all_time,) = call(database, "task_runtimes", datetime.now(UTC) - timedelta(days=60))
+    (by_name,) = call(database, "task_runtimes", since=datetime.now(UTC) - timedelta(days=60))
+
+    def in_seconds(duration: timedelta) -> int:
+        return round(duration.total_seconds())
+
+    assert isinstance(week, TaskRuntime)
+    assert (week.task_name, week.runs) == ("send", 3)
+    assert [in_seconds(duration) for duration in (week.p50, week.longest)] == [20, 90]
+    assert week.p50 <= week.p99 <= week.longest
+    assert (all_time.runs, in_seconds(all_time.longest)) == (4, 500)
+    assert by_name == all_time
+
+
 def test_pg_cron_runs_the_sweep_from_schedule_to_unschedule(call: Call, cron_database: str) -> None:
     job_id = call(cron_database, "schedule", schedule="*/5 * * * *")
     assert call(cron_database, "schedule", schedule="*/5 * * * *") == job_id
@@ -221,6 +383,9 @@ def test_package_and_sql_have_the_same_version(call: Call, database: str) -> Non
         ("retry_stalled_jobs", {"max_jobs": 2**40}, psycopg.errors.NumericValueOutOfRange),
         ("retry_job", {"job_id": 42}, psycopg.errors.NoDataFound),
         ("retry_job", {"job_id": 2**70}, psycopg.errors.NumericValueOutOfRange),
+        ("explain_job", {"job_id": None}, psycopg.errors.InvalidParameterValue),
+        ("explain_job", {"job_id": 2**70}, psycopg.errors.NumericValueOutOfRange),
+        ("pause", {"duration": timedelta(0)}, psycopg.errors.InvalidParameterValue),
         ("sweep", {"batch_size": 0}, psycopg.errors.InvalidParameterValue),
         ("schedule", {}, psycopg.errors.ObjectNotInPrerequisiteState),
     ],
@@ -270,11 +435,19 @@ def test_rows_cannot_be_changed(database: str) -> None:
     [
         (StalledJob, "SELECT * FROM procrastinate_stalled.get_stalled_jobs()"),
         (Rescue, "SELECT * FROM procrastinate_stalled.rescues"),
+        (ExplainedJob, "SELECT * FROM procrastinate_stalled.explain_job(1)"),
+        (ExplainedJob, "SELECT * FROM procrastinate_stalled.explain_jobs()"),
+        (Worker, "SELECT * FROM procrastinate_stalled.workers()"),
+        (Rule, "SELECT * FROM procrastinate_stalled.rules"),
+        (Rule, "SELECT * FROM procrastinate_stalled.pause()"),
+        (TaskRuntime, "SELECT * FROM procrastinate_stalled.task_runtimes()"),
         (Status, "SELECT * FROM procrastinate_stalled.status()"),
     ],
 )
 def test_a_row_has_the_columns_of_the_sql(
-    row: type[StalledJob | Rescue | Status], columns: str, connection: psycopg.Connection[Any]
+    row: type[StalledJob | Rescue | ExplainedJob | Worker | Rule | TaskRuntime | Status],
+    columns: str,
+    connection: psycopg.Connection[Any],
 ) -> None:
     description = connection.execute(columns.encode()).description
 
