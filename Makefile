@@ -2,7 +2,7 @@
 BIN = .venv/bin
 MIGRATION = sql/migrations/procrastinate_stalled_0001_initial.sql
 
-.PHONY: help prepare demo test lint migration bench clean
+.PHONY: help prepare demo test lint migration bench cases clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ migration: ## Assemble the migration from sql/[0-9]*.sql
 
 bench: prepare ## Compare with Procrastinate's documented way
 	@$(BIN)/python -m benchmarks
+
+cases: prepare ## Count the jobs of living workers that run twice, by case and product
+	@$(BIN)/python -m tests.living_workers
 
 clean: ## Remove everything that the other targets made
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -78,7 +78,8 @@ def _play(stage: ExitStack) -> bool:
     _start_worker(stage, server.folder / "worker-2.log")
     time.sleep(2)
     _psql(JOBS)
-    _tell("Procrastinate by itself leaves it so for ever.")
+    _tell("Procrastinate by itself leaves it so for ever. procrastinate-stalled waits, and says for what:")
+    _run("procrastinate-stalled explain 1")
 
     _title("PostgreSQL finds the stalled job by itself")
     if _see_it_rescued(connection, victim):

@@ -23,7 +23,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from procrastinate_stalled import Stalled, install, uninstall
-from tests.jobs import add_job, add_worker, update_job
+from tests.jobs import add_job, add_orphan_note, add_worker, insert, pretend_old_server, update_job
 from tests.server import PROJECT, Server, install_procrastinate
 from tests.wait import wait_until
 from tests.worker import Worker, start_worker
@@ -31,10 +31,14 @@ from tests.worker import Worker, start_worker
 DATABASE = "app"
 ROLE = "app"
 
+IN_WORDS = r"\d+(\.\d+)? (d|h|min|s)\b( \d+ (h|min|s)\b)?"
+
 # What differs from one run to the next. Everything else is compared to the letter.
 VARIABLE = [
     (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?([+-]\d\d(:?\d\d)?)?", "<time>"),
+    (r"\b(at|since|until) \d\d:\d\d:\d\d\b", r"\1 <time>"),
     (r"\b\d\d:\d\d:\d\d\.\d+", "<duration>"),
+    (rf"(last heard|has run for|\(for|<time>,?) +{IN_WORDS}", r"\1 <duration>"),
     (r"\bline \d+ at\b", "line <n> at"),
     # The widths of columns.
     (r"[-─]{3,}", "---"),
@@ -176,6 +180,32 @@ class Scene:
         with psycopg.connect(self.superuser, autocommit=True) as connection:
             wait_until(lambda: connection.execute(query).rowcount, what, seconds)
 
+    def _pretend_old_server(self, available_for: str = "30 days") -> None:
+        """Let the server look so old, so that workers which are said to be silent for long can be that."""
+        with psycopg.connect(self.superuser) as connection:
+            pretend_old_server(connection)
+            (available_since,) = connection.execute("SELECT now() - %s::interval", [available_for]).fetchone() or ()
+            connection.execute(
+                sql.SQL("ALTER DATABASE {} SET tests.available_since = {}").format(
+                    sql.Identifier(DATABASE), sql.Literal(str(available_since))
+                )
+            )
+
+    def _begin_anew(self) -> None:
+        """Leave no job, no worker, no trace of them and no rule but "default"; the ids begin with 1 again."""
+        self.workers.close()
+        self._execute(
+            """
+            TRUNCATE procrastinate_jobs, procrastinate_workers, procrastinate_stalled.rescues,
+                procrastinate_stalled.sweeps, procrastinate_stalled.orphans
+                RESTART IDENTITY CASCADE
+            """
+        )
+        self._execute("DELETE FROM procrastinate_stalled.rules WHERE name <> 'default'")
+
+    def _set_default_heartbeat_timeout(self, timeout: str) -> None:
+        self._execute("UPDATE procrastinate_stalled.rules SET heartbeat_timeout = %s WHERE name = 'default'", timeout)
+
     def _create_database(self, dbname: str) -> str:
         statement = sql.SQL("CREATE DATABASE {} OWNER {}")
         self._execute(statement.format(sql.Identifier(dbname), sql.Identifier(ROLE)))
@@ -197,8 +227,9 @@ class Scene:
         """The product is not installed."""
         uninstall(self.owner)
 
-    def setup_a_worker_was_killed_and_pg_cron_has_swept(self) -> None:
-        """A worker was killed in the middle of job 1, 10 minutes ago, and another one has finished it since."""
+    def setup_a_worker_was_killed(self) -> None:
+        """The rule waits for 30 seconds, and a worker was killed in the middle of job 1."""
+        self._set_default_heartbeat_timeout("30 seconds")
         self._execute(
             "INSERT INTO procrastinate_jobs (queue_name, task_name) VALUES ('emails', 'shop.emails.newsletter')",
             conninfo=self.owner,
@@ -207,15 +238,16 @@ class Scene:
         self._wait_until("SELECT FROM procrastinate_jobs WHERE status = 'doing'", "the job has started")
         victim.kill()
         self._start_worker("emails")
-        self._execute(
-            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '10 minutes' WHERE id = %s", victim.id
-        )
+
+    def setup_pg_cron_has_swept(self) -> None:
+        """Another worker has finished job 1, and the rule waits for 5 minutes again."""
         self._wait_until(
             "SELECT FROM procrastinate_jobs WHERE status = 'succeeded'",
             "another worker has finished the job",
-            seconds=90,
+            seconds=120,
         )
         self._wait_until("SELECT FROM cron.job_run_details WHERE status = 'succeeded'", "pg_cron has noted its run")
+        self._set_default_heartbeat_timeout("5 minutes")
 
     def setup_a_database_without_pg_cron(self) -> None:
         """There is a database `shop` like `app`, but without pg_cron."""
@@ -226,6 +258,8 @@ class Scene:
     def setup_jobs_of_dead_workers(self) -> None:
         """The worker of the jobs 2, 3 and 5 is silent, a living one runs job 6, and job 7 is an orphan."""
         self.workers.close()
+        self._execute("DELETE FROM procrastinate_workers")
+        self._pretend_old_server()
         # First: a worker that starts deletes the rows of silent ones.
         self._start_worker("reports")
         with psycopg.connect(self.owner) as connection:
@@ -246,7 +280,7 @@ class Scene:
         )
 
     def setup_all_workers_were_killed(self) -> None:
-        """No worker is alive."""
+        """No worker is alive any more, though some were a moment ago."""
         self.workers.close()
 
     def setup_a_yoyo_was_killed(self) -> None:
@@ -283,6 +317,7 @@ class Scene:
 
     def setup_four_jobs(self) -> None:
         """There are the four jobs of docs/rules.md."""
+        self._pretend_old_server()
         with psycopg.connect(self.owner) as connection:
             lost: dict[str, Any] = {"worker_id": add_worker(connection, silent_for=1200), "started_ago": 1300}
             add_job(connection, queue_name="emails", task_name="shop.emails.send", **lost)
@@ -304,3 +339,86 @@ class Scene:
             for _ in range(3):
                 Stalled(connection).retry_stalled_jobs(task_name="shop.emails.send")
                 update_job(connection, 1, status="doing", worker_id=add_worker(connection, silent_for=1200))
+
+    def setup_a_job_of_each_evidence(self) -> None:
+        """The server was down until 2 minutes ago. Worker 2 was heard since, worker 3 not, that of job 3 is gone."""
+        self._begin_anew()
+        self._pretend_old_server("2 minutes")
+        with psycopg.connect(self.owner) as connection:
+            insert(connection, "rules", name="imports", task_name="shop.imports.%", run_timeout="2 hours")
+            alive, heard, not_heard = (add_worker(connection, silent_for) for silent_for in (2, 60, 180))
+            reports: dict[str, Any] = {"queue_name": "reports", "task_name": "shop.reports.build"}
+            add_job(connection, **reports, worker_id=heard, started_ago=90)
+            add_job(connection, **reports, worker_id=not_heard, started_ago=3600)
+            orphan = add_job(connection, **reports, started_ago=90)
+            add_orphan_note(connection, orphan, attempts=0, seen_ago=30)
+            add_job(connection, queue_name="imports", task_name="shop.imports.read", worker_id=alive, started_ago=7000)
+
+    def setup_a_week_of_imports(self) -> None:
+        """There were 100 imports, of 1 to 100 minutes."""
+        self._begin_anew()
+        with psycopg.connect(self.owner) as connection:
+            for minutes in range(1, 101):
+                job_id = add_job(
+                    connection, "succeeded", queue_name="imports", task_name="shop.imports.read", started_ago=86400
+                )
+                connection.execute(
+                    """
+                    UPDATE procrastinate_events SET at = now() - interval '1 day' + make_interval(mins => %s)
+                    WHERE job_id = %s AND type = 'succeeded'
+                    """,
+                    [minutes, job_id],
+                )
+
+    def setup_a_job_of_each_verdict(self) -> None:
+        """Job 1 is running, job 2 stalled, job 3 ignored by a rule, and job 4 waits in `todo`."""
+        self._begin_anew()
+        self._pretend_old_server()
+        with psycopg.connect(self.owner) as connection:
+            insert(
+                connection,
+                "rules",
+                name="payments",
+                task_name="shop.billing.%",
+                action="ignore",
+                note="Anna checks each by hand.",
+            )
+            alive = add_worker(connection, silent_for=2)
+            dead = add_worker(connection, silent_for=1200)
+            reports: dict[str, Any] = {"queue_name": "reports", "task_name": "shop.reports.build"}
+            add_job(connection, **reports, worker_id=alive, started_ago=600)
+            add_job(connection, **reports, worker_id=dead, started_ago=1300)
+            add_job(connection, queue_name="billing", task_name="shop.billing.charge", worker_id=dead, started_ago=1300)
+            add_job(connection, "todo", **reports)
+
+    def setup_a_job_of_each_verdict_while_something_sweeps(self) -> None:
+        """There are the jobs of the previous scene, of which nothing is stalled for long."""
+        self.setup_a_job_of_each_verdict()
+        self._execute("INSERT INTO procrastinate_stalled.sweeps (duration) VALUES ('10 ms'), ('10 ms')")
+
+    def setup_all_workers_are_silent(self) -> None:
+        """The workers were last heard an hour earlier than before."""
+        self._execute("UPDATE procrastinate_workers SET last_heartbeat = last_heartbeat - interval '1 hour'")
+
+    def setup_a_living_worker_was_robbed(self) -> None:
+        """A rule took job 1 from its living worker, which finished it all the same."""
+        self._begin_anew()
+        with psycopg.connect(self.owner, autocommit=True) as connection:
+            insert(
+                connection, "rules", name="newsletters take 1 second", task_name="%.newsletter", run_timeout="1 second"
+            )
+            connection.execute(
+                "INSERT INTO procrastinate_jobs (queue_name, task_name) VALUES ('emails', 'shop.emails.newsletter')"
+            )
+            self._start_worker("emails")
+            self._wait_until("SELECT FROM procrastinate_stalled.get_stalled_jobs()", "the rule calls it stalled")
+            Stalled(connection).sweep()
+            self._wait_until("SELECT FROM procrastinate_jobs WHERE status = 'succeeded'", "its worker has finished it")
+
+    def setup_a_living_worker_gave_up_job_1(self) -> None:
+        """Job 1 is in `doing` under a living worker, and job 2 waits with its queueing lock."""
+        self._begin_anew()
+        with psycopg.connect(self.owner) as connection:
+            sync: dict[str, Any] = {"queue_name": "stock", "task_name": "shop.stock.sync", "queueing_lock": "stock"}
+            add_job(connection, worker_id=add_worker(connection), started_ago=7200, **sync)
+            add_job(connection, "todo", **sync)

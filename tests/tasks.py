@@ -1,7 +1,8 @@
 """The Procrastinate app of the tests.
 
 A worker process is told by its environment what to connect to (`DATABASE_URL`, an address that may
-set a search_path) and how to run (`WORKER_OPTIONS`, a JSON object of `App.run_worker` arguments).
+set a search_path) and how to run (`WORKER_OPTIONS`, a JSON object of `App.run_worker` arguments, and
+of `pool`, an object of those of the connection pool).
 """
 
 import asyncio
@@ -14,9 +15,12 @@ from pathlib import Path
 
 from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
 
+_options = json.loads(os.environ.get("WORKER_OPTIONS", "{}"))
+_pool = _options.pop("pool", {})
+
 app = App(
-    connector=PsycopgConnector(conninfo=os.environ.get("DATABASE_URL", "")),
-    worker_defaults=json.loads(os.environ.get("WORKER_OPTIONS", "{}")),
+    connector=PsycopgConnector(conninfo=os.environ.get("DATABASE_URL", ""), **_pool),
+    worker_defaults=_options,
 )
 
 

@@ -176,7 +176,7 @@ def test_the_reference_has_every_table_with_its_columns_defaults_comments_and_ch
             WHERE relnamespace = 'procrastinate_stalled'::regnamespace AND relkind = 'r' AND relname !~ '^_yoyo'
         """,
     )
-    assert _between(reference, "Tables", "Row type") == sorted(table["name"] for table in tables)
+    assert _between(reference, "Tables", "Row types") == sorted(table["name"] for table in tables)
     for table in tables:
         columns = rows(
             transaction,
@@ -214,24 +214,35 @@ def test_the_reference_has_every_table_with_its_columns_defaults_comments_and_ch
         assert chapter.tables[1] == [[constraint["name"], constraint["definition"]] for constraint in constraints]
 
 
-def test_the_reference_has_the_row_type(reference: dict[str, Chapter], transaction: Connection) -> None:
-    columns = rows(
+def test_the_reference_has_every_row_type_with_its_columns_and_comments(
+    reference: dict[str, Chapter], transaction: Connection
+) -> None:
+    types = rows(
         transaction,
         """
-        SELECT attname AS name,
-                format_type(atttypid, atttypmod) AS type,
-                col_description(attrelid, attnum) AS comment
-            FROM pg_attribute
-            WHERE attrelid = 'procrastinate_stalled.stalled_job'::regclass
-            ORDER BY attnum
+        SELECT typname AS name, obj_description(type.oid, 'pg_type') AS comment, typrelid
+            FROM pg_type AS type
+            JOIN pg_class AS class ON class.oid = typrelid
+            WHERE typnamespace = 'procrastinate_stalled'::regnamespace AND relkind = 'c' AND typname !~ '^_'
         """,
     )
-    chapter = reference["stalled_job"]
-    assert chapter.tables == [[[column["name"], column["type"], column["comment"] or ""] for column in columns]]
-    (comment,) = rows(
-        transaction, "SELECT obj_description('procrastinate_stalled.stalled_job'::regtype, 'pg_type') AS comment"
-    )
-    assert comment["comment"] in chapter.prose
+    assert _between(reference, "Row types", "Functions") == sorted(row_type["name"] for row_type in types)
+    for row_type in types:
+        columns = rows(
+            transaction,
+            """
+            SELECT attname AS name,
+                    format_type(atttypid, atttypmod) AS type,
+                    col_description(attrelid, attnum) AS comment
+                FROM pg_attribute
+                WHERE attrelid = %s
+                ORDER BY attnum
+            """,
+            row_type["typrelid"],
+        )
+        chapter = reference[row_type["name"]]
+        assert row_type["comment"] in chapter.prose
+        assert chapter.tables == [[[column["name"], column["type"], column["comment"]] for column in columns]]
 
 
 def _public_functions(connection: Connection) -> list[dict[str, Any]]:
@@ -262,18 +273,18 @@ def test_the_reference_has_every_function_with_its_arguments_result_and_comment(
 ) -> None:
     for function in _public_functions(transaction):
         chapter = reference[function["name"]]
-        # The indented lines of a comment explain arguments or, of a function without arguments, columns.
-        meanings = dict(re.findall(r"^  (\S+) +(.+)$", function["comment"], re.MULTILINE))
-        prose = re.sub(r"^  .*$", "", function["comment"], flags=re.MULTILINE)
+        # The indented lines of a comment explain the arguments, then the columns of the result.
+        comment = re.sub(r"\n {3,}", " ", function["comment"])
+        meanings = dict(re.findall(r"^  (\S+) *(.*)$", comment, re.MULTILINE))
+        prose = re.sub(r"^  .*$", "", comment, flags=re.MULTILINE)
         assert " ".join(prose.split()) in " ".join(chapter.prose.split())
         if function["result"] is not None:
             assert f"Result: {function['result']} " in chapter.prose
-        if function["arguments"]:
-            assert chapter.tables == [
-                [[name, kind, _without_cast(default), meanings[name]] for name, kind, default in function["arguments"]]
-            ]
-        else:
-            assert chapter.tables == ([[[*row] for row in meanings.items()]] if meanings else [])
+        arguments = [
+            [name, kind, _without_cast(default), meanings.pop(name)] for name, kind, default in function["arguments"]
+        ]
+        columns = [[*row] for row in meanings.items()]
+        assert chapter.tables == [table for table in (arguments, columns) if table]
 
 
 def test_the_reference_has_no_function_that_does_not_exist(
@@ -309,18 +320,17 @@ def test_the_reference_has_every_error_that_is_raised_or_announced(
 def test_the_reference_has_every_command_with_its_options(reference: dict[str, Chapter]) -> None:
     group = typer.main.get_command(cli.app)
     assert isinstance(group, typer.core.TyperGroup)
-    commands = [
-        [
-            name,
-            " ".join(
-                str(option.metavar) if option.param_type_name == "argument" else option.opts[0]
-                for option in command.params
-            ),
-            (command.help or "").splitlines()[0],
-        ]
-        for name, command in group.commands.items()
-    ]
-    assert reference["Command line"].tables[0] == commands
+    assert reference["Command line"].tables[0] == list(_commands(group))
+
+
+def _commands(group: typer.core.TyperGroup, prefix: str = "") -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        options = " ".join(
+            str(option.metavar) if option.param_type_name == "argument" else option.opts[0] for option in command.params
+        )
+        yield [f"{prefix}{name}", options, (command.help or "").splitlines()[0]]
+        if isinstance(command, typer.core.TyperGroup):
+            yield from _commands(command, f"{prefix}{name} ")
 
 
 def test_the_reference_has_every_exit_code(reference: dict[str, Chapter]) -> None:
