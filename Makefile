@@ -14,7 +14,7 @@ demo: prepare ## Lose a worker to SIGKILL and see its job rescued by PostgreSQL 
 	@$(BIN)/python -m demo
 
 test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
-	@$(BIN)/pytest -n 4 $(ARGS)
+	@$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
 
 lint: prepare ## Check Python, SQL and shell
 	@$(BIN)/python -m scripts.lint

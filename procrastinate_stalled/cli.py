@@ -125,7 +125,7 @@ RULE_COLUMNS = {
 def _time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter(
             f"{text!r} is not a time such as 2030-12-31T18:30 or 2030-12-31T18:30+01:00"
         ) from error
@@ -133,6 +133,13 @@ def _time(text: str) -> datetime:
 
 def _time_text(text: str) -> str:
     return text if text == NONE else _time(text).isoformat()
+
+
+def _duration_text(text: str) -> str:
+    # PostgreSQL takes a bare number for seconds. Who writes 90 means minutes as often as not.
+    if re.fullmatch(r"\s*[+-]?[\d.]+\s*", text) and text.strip() != "0":
+        raise typer.BadParameter(f"{text!r} has no unit. {HOW_TO_WRITE_A_DURATION}")
+    return text
 
 
 @app.callback()
@@ -428,7 +435,9 @@ def pause(
     duration: Annotated[
         str | None,
         typer.Argument(
-            metavar="DURATION", help="For how long, as PostgreSQL writes it: '90 min', '2 days'. Without it: 1 hour."
+            parser=_duration_text,
+            metavar="DURATION",
+            help="For how long, as PostgreSQL writes it: '90 min', '2 days'. Without it: 1 hour.",
         ),
     ] = None,
     queue: Queue = None,
@@ -499,19 +508,13 @@ def status(context: typer.Context, as_json: Json = False) -> int:
     if as_json:
         _print_json([asdict(check) for check in checks])
     else:
-        from rich.text import Text
-
         _print_table(
-            ["Check", "Level", "Detail"],
-            [
-                (
-                    check.name,
-                    _colored(check.level),
-                    Text.assemble(check.detail, (f"\n{check.hint}" if check.hint else "", "dim")),
-                )
-                for check in checks
-            ],
+            ["Check", "Level", "Detail"], [(check.name, _colored(check.level), check.detail) for check in checks]
         )
+        # Not in the table, which would break the lines of a statement to paste.
+        for check in checks:
+            if check.hint:
+                _print(f"\n{check.name}: {check.hint}")
     return max({"ok": OK, "warning": WARNING, "error": ERROR}[check.level] for check in checks)
 
 
@@ -548,6 +551,9 @@ def rules(context: typer.Context, as_json: Json = False) -> None:
         _print_rules(rows)
 
 
+RULE_PARSERS = {"TIME": _time_text, "DURATION": _duration_text}
+
+
 def _with_rule_columns(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each of `RULE_COLUMNS`; it gets those that were given as its last argument."""
 
@@ -564,7 +570,7 @@ def _with_rule_columns(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             annotation=Annotated[
                 str | None,
-                typer.Option(parser=_time_text if metavar == "TIME" else None, metavar=metavar, help=explanation),
+                typer.Option(parser=RULE_PARSERS.get(metavar), metavar=metavar, help=explanation),
             ],
         )
         for column, (metavar, explanation) in RULE_COLUMNS.items()
@@ -712,6 +718,9 @@ def _run() -> int:
         code = app(prog_name="procrastinate-stalled", standalone_mode=False)
     except typer.Abort:
         return INTERRUPTED
+    except UnicodeEncodeError as error:
+        _complain("Error", "an argument is not valid UTF-8", str(error), "Write it in the encoding of the terminal.")
+        return FAILED
     except Exception as error:
         if usage_error is not None and isinstance(error, usage_error):
             error.show()  # type: ignore[attr-defined]
@@ -737,6 +746,15 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
                 "Install it, or bring it up to date: procrastinate-stalled install",
             )
         return message, error.diag.message_detail, hint or HINTS.get(error.sqlstate or "")
+
+    import psycopg
+
+    if isinstance(error, psycopg.DataError):
+        return (
+            "what the database answered cannot be shown",
+            str(error),
+            "The command was carried out. A time in the answer is infinite or out of range: look at it with psql.",
+        )
 
     # An address that libpq does not understand, such as postgresql+psycopg://..., is quoted with its password.
     text = re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", str(error))
@@ -841,7 +859,8 @@ def _cell(value: Any) -> str:
         return f"{value.astimezone():%Y-%m-%d %H:%M:%S}"
     if isinstance(value, timedelta):
         return _duration(value)
-    return str(value)
+    # Whoever may defer jobs chooses their names: none of them gets at the terminal.
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", str(value))
 
 
 def _duration(value: timedelta) -> str:
@@ -910,6 +929,8 @@ def _print_rules(rules: Sequence[Mapping[str, Any]]) -> None:
 def _validity(rule: Mapping[str, Any]) -> str | None:
     if not rule["enabled"]:
         return "disabled"
+    if rule["expires_at"] and rule["expires_at"] <= datetime.now().astimezone():
+        return f"expired {_cell(rule['expires_at'])}"
     return f"until {_cell(rule['expires_at'])}" if rule["expires_at"] else None
 
 

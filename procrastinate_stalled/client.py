@@ -343,7 +343,7 @@ class Stalled:
         Returns
         -------
         :
-            Whether there was one.
+            Whether it was in force.
         """
         was_paused: bool = self._fetch_value(
             "SELECT procrastinate_stalled.resume(queue => %(queue)s, task_name => %(task_name)s)",

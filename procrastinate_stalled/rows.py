@@ -126,8 +126,8 @@ class Worker:
 
     worker_id: int
     last_heartbeat: datetime
-    age: timedelta
-    """How long ago that was."""
+    age: timedelta | None
+    """How long ago that was. None: the time is infinite."""
     doing: int
     """How many jobs in ``doing`` are its own."""
     state: Literal["alive", "silent"]

@@ -19,7 +19,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     on_duplicate text NOT NULL DEFAULT 'fail',
     note text,
     CONSTRAINT rules_name_not_empty CHECK (name <> ''),
-    CONSTRAINT rules_expires_at_finite CHECK (isfinite(expires_at)),
+    -- What a program can read: Python, for example, knows no infinity.
+    CONSTRAINT rules_expires_at_in_range CHECK (expires_at >= '1970-01-01 00:00+00' AND expires_at < '9999-12-31 00:00+00'),
     CONSTRAINT rules_first_position_is_for_pauses CHECK (position > -2147483648 OR (action = 'ignore' AND expires_at IS NOT NULL)),
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
@@ -150,12 +151,12 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     waiting integer NOT NULL DEFAULT 0,
     held integer NOT NULL DEFAULT 0,
     held_reason text,
+    latest_heartbeat timestamp with time zone,
     newest_worker_id bigint,
     error text
 );
 
 CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
-CREATE INDEX IF NOT EXISTS sweeps_without_living_worker_idx ON procrastinate_stalled.sweeps (id) WHERE newest_worker_id IS NOT NULL;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';
@@ -169,7 +170,8 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker, if jobs were held because none was alive. When one of these workers is heard again, the others have heartbeat_timeout from the last such sweep on to be heard too. NULL: none was held for that.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from then on to be heard too.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker when it started; 0: there was none. A worker that is newer tells nothing of the silent ones.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
 
 

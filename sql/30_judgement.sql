@@ -206,24 +206,30 @@ DECLARE
     );
     grace interval;
     demands_live_worker boolean;
-    nobody_until timestamp with time zone;
 BEGIN
     SELECT outage_grace, require_live_worker
         INTO grace, demands_live_worker
         FROM procrastinate_stalled.settings;
 
-    -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. A worker that is
-    -- new tells nothing of the others; and when it starts, it prunes them.
-    SELECT sweep.started_at
-        INTO nobody_until
-        FROM procrastinate_stalled.sweeps AS sweep
-        WHERE sweep.newest_worker_id IS NOT NULL
-            AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
-        ORDER BY sweep.id DESC
-        LIMIT 1;
-
     RETURN QUERY
-    WITH running AS (
+    WITH silence AS MATERIALIZED (
+        -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it counts
+        -- when a sweep last saw nobody alive. A worker that is new since tells nothing of the others; and when it
+        -- starts, it prunes them.
+        SELECT rule.name AS rule_name, sweep.started_at AS nobody_until, sweep.latest_heartbeat AS nobody_since
+            FROM procrastinate_stalled.rules AS rule
+            CROSS JOIN LATERAL (
+                SELECT *
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE sweep.started_at >= now() - rule.heartbeat_timeout
+                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
+                    ORDER BY sweep.started_at DESC
+                    LIMIT 1
+            ) AS sweep
+            WHERE by_rules
+                AND demands_live_worker IS NOT FALSE
+                AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
+    ), running AS (
         SELECT job.*,
                worker.last_heartbeat,
                orphan.seen_at,
@@ -241,7 +247,9 @@ BEGIN
                rule.on_duplicate,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
-               pause.note AS pause_note
+               pause.note AS pause_note,
+               silence.nobody_until,
+               silence.nobody_since
             FROM procrastinate_stalled._doing_jobs(job_ids) AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
             LEFT JOIN procrastinate_stalled.orphans AS orphan
@@ -277,6 +285,7 @@ BEGIN
                     ORDER BY pause.position, pause.name
                     LIMIT 1
             ) AS pause ON true
+            LEFT JOIN silence ON silence.rule_name = rule.name
             WHERE (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
     ), heard AS (
@@ -310,7 +319,13 @@ BEGIN
                        CASE WHEN heartbeat_timeout IS NOT NULL THEN greatest(
                            silent_since + heartbeat_timeout,
                            forgiven_until,
-                           CASE WHEN silent_since < nobody_until AND NOT nobody_is_alive THEN nobody_until + heartbeat_timeout END
+                           -- Not for who was overdue before all fell silent.
+                           CASE
+                               WHEN NOT nobody_is_alive
+                                   AND silent_since < nobody_until
+                                   AND silent_since + heartbeat_timeout > coalesce(nobody_since, '-infinity')
+                                   THEN nobody_until + heartbeat_timeout
+                           END
                        ) END
                    WHEN _judge.nb_seconds IS NULL THEN
                        CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat

@@ -159,7 +159,13 @@ BEGIN
                     procrastinate_stalled._in_words(judged.heartbeat_timeout / 2)
                 )
             ),
-            format('the first sweep %s %s', CASE WHEN pause IS NULL THEN 'after a worker is heard again' ELSE 'after that' END, consequence),
+            CASE
+                WHEN pause IS NULL THEN format(
+                    'once a new worker has started, the next sweep %s; if an old one is heard again, %s later',
+                    consequence, procrastinate_stalled._in_words(judged.heartbeat_timeout)
+                )
+                ELSE format('the first sweep after that %s', consequence)
+            END,
             CASE WHEN judged.pause_name IS NULL AND judged.run_ends_at IS NOT NULL THEN
                 format('its run timeout counts in any case, at %s', procrastinate_stalled._in_words(judged.run_ends_at))
             END

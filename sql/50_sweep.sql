@@ -44,7 +44,7 @@ EXCEPTION WHEN lock_not_available THEN
         ERRCODE = 'lock_not_available',
         MESSAGE = 'the table procrastinate_jobs is locked by another session',
         DETAIL = 'No job can be changed meanwhile, by workers neither: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
-        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ''procrastinate_jobs''::regclass AND granted);';
+        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ' || 'procrastinate_jobs'::regclass::oid || ' AND granted);';
 END;
 $$;
 
@@ -67,8 +67,10 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._lock_jobs_table();
     PERFORM procrastinate_stalled._note_orphans();
-    INSERT INTO procrastinate_stalled.sweeps (doing)
-        SELECT count(*)
+    INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
+        SELECT count(*),
+               (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
+               (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
             FROM procrastinate_stalled._doing_jobs(NULL)
             WHERE (_begin_sweep.queue IS NULL OR queue_name = _begin_sweep.queue)
                 AND (_begin_sweep.task_name IS NULL OR task_name = _begin_sweep.task_name)
@@ -202,18 +204,16 @@ BEGIN
             SELECT sweep.id
                 FROM procrastinate_stalled.sweeps AS sweep
                 WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                    AND sweep.id <> sweep_id
                 ORDER BY sweep.started_at
                 LIMIT 1000
                 FOR UPDATE OF sweep SKIP LOCKED
         );
     UPDATE procrastinate_stalled.sweeps
-        SET (waiting, held, held_reason, newest_worker_id) = (
+        SET (waiting, held, held_reason) = (
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
                        count(*) FILTER (WHERE verdict = 'held'),
-                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held'),
-                       CASE WHEN bool_or(verdict = 'held' AND pause_name IS NULL) THEN (
-                           SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker
-                       ) END
+                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held')
                     FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
             ),
             duration = clock_timestamp() - started_at

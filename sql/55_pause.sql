@@ -18,6 +18,7 @@ DECLARE
         || coalesce(' queue ' || quote_literal(pause.queue), '')
         || coalesce(' task ' || quote_literal(pause.task_name), '');
     new_rule procrastinate_stalled.rules;
+    former record;
 BEGIN
     -- A comparison takes a year for 360 days and the epoch for 365.25.
     IF (pause.duration > '0' AND pause.duration <= '10 years'
@@ -39,6 +40,10 @@ BEGIN
 
     DELETE FROM procrastinate_stalled.rules
         WHERE position = -2147483648 AND expires_at <= now();
+    SELECT expires_at, note
+        INTO former
+        FROM procrastinate_stalled.rules
+        WHERE name = new_name AND enabled;
     INSERT INTO procrastinate_stalled.rules (name, position, expires_at, queue_name, task_name, action, note)
         VALUES (new_name, -2147483648, now() + pause.duration, pause.queue, pause.task_name, 'ignore', pause.reason)
         ON CONFLICT (name) DO UPDATE
@@ -54,6 +59,12 @@ BEGIN
             DETAIL = 'It was not made by pause(), which would give its own rule this name.',
             HINT = 'Nothing was changed. Give that rule another name.';
     END IF;
+    IF former.expires_at > new_rule.expires_at THEN
+        RAISE NOTICE USING
+            MESSAGE = format('procrastinate_stalled: "%s" ends sooner now', new_name),
+            DETAIL = format('It was to last until %s%s.', former.expires_at, ' (' || former.note || ')'),
+            HINT = 'Ask who made it, or pause for longer.';
+    END IF;
     RETURN new_rule;
 END;
 $$;
@@ -61,7 +72,8 @@ $$;
 COMMENT ON FUNCTION procrastinate_stalled.pause(interval, text, text, text) IS
 $$Lets sweeps leave jobs alone for a while, whatever other rules say, a run_timeout too. It adds a rule in front of all
 others that ignores the matching jobs until it expires. Called again for the same jobs, it sets the end and the reason
-anew. A batch that a sweep is writing at this moment is still written; the next one obeys. retry_job() does not.
+anew; a notice says so if it ends sooner now. A batch that a sweep is writing at this moment is still written; the next
+one obeys. retry_job() does not.
 
 Arguments, all optional:
   duration   from now on, longer than 0 and at most 10 years

@@ -284,6 +284,7 @@ BEGIN
     BEGIN
         SELECT count(*) AS jobs,
                count(*) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old,
+               min(id) FILTER (WHERE number = 1) AS first_id,
                string_agg(
                    format('job %s (for %s, while job %s waits)', id, procrastinate_stalled._in_words(now() - greatest(started_at, 'epoch')), waiting_id),
                    ', ' ORDER BY started_at, id
@@ -298,7 +299,10 @@ BEGIN
         level := CASE WHEN facts.old > 0 THEN 'warning' ELSE 'ok' END;
         detail := format('%s running under a living worker while a job with the same queueing lock waits', facts.jobs)
             || coalesce(': ' || facts.examples || CASE WHEN facts.jobs > 5 THEN ', ...' ELSE '' END, '');
-        hint := CASE WHEN facts.old > 0 THEN 'Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SELECT procrastinate_finish_job_v1(<id>, ''failed'', false);' END;
+        hint := CASE WHEN facts.old > 0 THEN format('Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SET search_path = %I; SELECT procrastinate_finish_job_v1(%s, ''failed'', false);',
+            (SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = to_regclass('procrastinate_jobs')),
+            facts.first_id
+        ) END;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;

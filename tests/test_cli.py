@@ -600,7 +600,48 @@ def test_status_shows_each_check_with_its_remedy_to_people(database: str, connec
     assert re.search(r"^workers +warning +0 alive", done.stdout, re.MULTILINE)
     assert "Start a worker" in done.stdout
     assert re.search(rf"^package +ok +version {re.escape(__version__)}", done.stdout, re.MULTILINE)
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    table, *hints = done.stdout.split("\n\n")
+    assert max(map(len, table.splitlines())) <= 80
+    # A statement to paste is not broken into lines.
+    assert [hint.partition(": ")[0] for hint in hints] == ["schedule", "last_sweep", "workers"]
+    assert "\n" not in hints[0]
+
+
+@pytest.mark.parametrize("duration", ["90", "5.5", "-1"])
+def test_a_duration_without_a_unit_is_refused(
+    database: str, connection: psycopg.Connection[Any], duration: str
+) -> None:
+    for command in (("pause", "--", duration), ("rules", "change", "default", f"--heartbeat-timeout={duration}")):
+        done = run(*command, database=database)
+        assert done.returncode == FAILED
+        # In a box of rich's
+        assert "has no unit" in done.stderr
+    assert connection.execute("SELECT name FROM procrastinate_stalled.rules").fetchall() == [("default",)]
+
+
+def test_an_expired_rule_is_shown_as_such(database: str, connection: psycopg.Connection[Any]) -> None:
+    add_rule(connection, "old", expires_at="yesterday")
+    assert "old (expired 2" in run("rules", database=database).stdout
+
+
+def test_an_argument_that_is_no_text_is_refused(database: str) -> None:
+    done = run("pause", "--reason", "\udcff", database=database)
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr.startswith("Error: an argument is not valid UTF-8")
+
+
+def test_a_time_that_python_cannot_show_is_told_as_what_it_is(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("UPDATE procrastinate_workers SET last_heartbeat = '-infinity'")
+    done = run("workers", database=database)
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr.startswith("Error: what the database answered cannot be shown")
+
+
+def test_the_name_of_a_task_cannot_write_to_the_terminal(database: str, connection: psycopg.Connection[Any]) -> None:
+    add_stalled_job(connection, task_name="a\x1b[31m\u202eb")
+    assert "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b" in run("list", database=database).stdout
 
 
 def test_status_warns_when_package_and_database_have_different_versions(

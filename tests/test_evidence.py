@@ -379,11 +379,70 @@ def test_a_pause_is_no_hold_for_want_of_a_worker(minute: Connection) -> None:
     job = add_stalled_job(minute, silent_for=120)
     Stalled(minute).pause()
     assert Stalled(minute).retry_stalled_jobs() == []
-    assert rows(minute, "SELECT held, newest_worker_id FROM procrastinate_stalled.sweeps") == [
-        {"held": 1, "newest_worker_id": None}
-    ]
+    assert rows(minute, "SELECT held FROM procrastinate_stalled.sweeps") == [{"held": 1}]
     Stalled(minute).resume()
     assert judge(minute, job)[0] == "stalled"
+
+
+def test_a_sweep_sees_that_nobody_lives_before_any_job_is_due(nobody: Connection) -> None:
+    jobs = [add_stalled_job(nobody, silent_for=50) for _ in range(2)]
+    assert Stalled(nobody).retry_stalled_jobs() == []
+    assert rows(nobody, "SELECT held FROM procrastinate_stalled.sweeps") == [{"held": 0}]
+    let_time_pass(nobody, 40)
+    beat(nobody, jobs[0])
+    verdict, reason, remaining = judge(nobody, jobs[1])
+    assert (verdict, reason) == ("running", "heartbeat")
+    assert remaining == pytest.approx(20, abs=1)
+
+
+def test_who_was_overdue_before_all_fell_silent_gets_no_more_time(nobody: Connection) -> None:
+    dead = add_stalled_job(nobody, silent_for=200)
+    back = add_stalled_job(nobody, silent_for=140)
+    assert Stalled(nobody).retry_stalled_jobs() == []
+    beat(nobody, back)
+    assert judge(nobody, dead)[0] == "stalled"
+
+
+def test_without_require_live_worker_nobody_waits_for_those_who_come_back(nobody: Connection, held: list[int]) -> None:
+    beat(nobody, held[0])
+    nobody.execute("UPDATE procrastinate_stalled.settings SET require_live_worker = false")
+    assert [judge(nobody, job)[0] for job in held] == ["running", "stalled", "stalled"]
+
+
+def let_time_pass(connection: Connection, seconds: float) -> None:
+    """Set back all that was seen."""
+    for table, columns in {
+        "procrastinate_workers": ["last_heartbeat"],
+        "procrastinate_events": ["at"],
+        "procrastinate_stalled.orphans": ["seen_at"],
+        "procrastinate_stalled.sweeps": ["started_at", "latest_heartbeat"],
+    }.items():
+        for column in columns:
+            connection.execute(f"UPDATE {table} SET {column} = {column} - make_interval(secs => {seconds})".encode())
+
+
+@pytest.mark.parametrize("interval", [10, 24, 36, 48, 60, 96])
+@pytest.mark.parametrize("hasty_rule", [False, True])
+def test_a_worker_that_seldom_beats_does_not_put_off_the_job_of_a_dead_one_for_ever(
+    nobody: Connection, interval: int, hasty_rule: bool
+) -> None:
+    worker = add_worker(nobody)
+    job = add_stalled_job(nobody, silent_for=0)
+    if hasty_rule:
+        # Its job waits for its duplicate, and is held now and then.
+        add_rule(nobody, "hasty", position=1, task_name="t", heartbeat_timeout="16 s", on_duplicate="wait")
+        add_stalled_job(nobody, task_name="t", queueing_lock="key")
+        add_job(nobody, "todo", task_name="t", queueing_lock="key")
+    for seconds in range(1, 400):
+        let_time_pass(nobody, 1)
+        if seconds % interval == 0:
+            nobody.execute("SELECT procrastinate_update_heartbeat_v1(%s)", [worker])
+        if seconds % 12 == 0 and [rescue.job_id for rescue in Stalled(nobody).retry_stalled_jobs()] == [job]:
+            break
+    # It is due after 60 seconds; then comes the next beat, one timeout, and the next moment at which somebody lives.
+    assert seconds <= 60 + interval + 60 + interval + 12
+    if interval <= 30:
+        assert seconds <= 72
 
 
 @pytest.mark.parametrize("heartbeat", ["-infinity", "0001-01-01"])

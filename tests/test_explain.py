@@ -342,7 +342,8 @@ SCENES = {
         (
             "worker {worker} was last heard 6 min 40 s ago; rule default waits 5 min; stalled since <-100>; "
             "held, because no worker at all was heard in the last 2 min 30 s, and none could run it "
-            "(settings.require_live_worker); the first sweep after a worker is heard again puts it back to todo"
+            "(settings.require_live_worker); once a new worker has started, the next sweep puts it back to todo; "
+            "if an old one is heard again, 5 min later"
         ),
     ),
     "nobody is alive, before its time": (
@@ -364,7 +365,8 @@ SCENES = {
         (
             "worker {worker} was last heard 6 min 40 s ago; rule default waits 5 min; stalled since <-100>; "
             "held, because no worker at all was heard in the last 2 min 30 s, and none could run it "
-            "(settings.require_live_worker); the first sweep after a worker is heard again aborts it, as requested; "
+            "(settings.require_live_worker); once a new worker has started, the next sweep aborts it, as requested; "
+            "if an old one is heard again, 5 min later; "
             "its run timeout counts in any case, at <600>"
         ),
     ),

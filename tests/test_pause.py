@@ -1,5 +1,6 @@
 """`pause` and `resume`: jobs that sweeps leave alone for a while."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -332,6 +333,18 @@ def test_a_task_name_that_is_no_pattern_is_refused(transaction: Connection, task
 
 
 # resume
+
+
+def test_a_pause_that_ends_sooner_than_the_one_that_was_there_is_told(
+    transaction: Connection, notices: list[tuple[str | None, str | None]]
+) -> None:
+    Stalled(transaction).pause(timedelta(hours=1))
+    Stalled(transaction).pause(timedelta(hours=8), reason="cluster move")
+    assert notices == []
+    Stalled(transaction).pause(timedelta(minutes=30))
+    [(message, detail)] = notices
+    assert message == 'procrastinate_stalled: "pause" ends sooner now'
+    assert re.fullmatch(r"It was to last until .* \(cluster move\)\.", detail or "")
 
 
 def test_resume_ends_the_pause_with_the_same_arguments_only(

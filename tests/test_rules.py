@@ -874,7 +874,7 @@ def test_two_rules_with_one_name_are_refused(transaction: Connection) -> None:
         {"heartbeat_timeout": "10 years", "run_timeout": "10 years", "position": -(2**31) + 1},
         {"heartbeat_timeout": "1 microsecond", "run_timeout": "1 microsecond", "max_rescues": 2**31 - 1},
         {"retry_delay": "1 day", "retry_backoff": 1000, "retry_queue_name": "ü" * 128, "retry_priority": 2**31 - 1},
-        {"task_name": "%\\\\", "queue_name": "", "args": {}, "expires_at": "epoch"},
+        {"task_name": "%\\\\", "queue_name": "", "args": {}, "expires_at": "1970-01-01 00:00+00"},
         {"retry_backoff": 1, "max_rescues": 0, "retry_priority": -(2**31), "on_duplicate": "wait"},
     ],
 )

@@ -426,7 +426,7 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         all_of(*[put(add_given_up_job, f"{number}", HOUR + number) for number in range(6)]),
         "warning",
         r"6 running under .* waits: job \d+( \(for 1 h, while job \d+ waits\), job \d+){4} \([^)]*\), \.\.\.",
-        "procrastinate_finish_job_v1(<id>, 'failed', false)",
+        "SET search_path = public; SELECT procrastinate_finish_job_v1(",
     ),
     "no table of events": (
         "given_up",

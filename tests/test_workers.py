@@ -49,7 +49,9 @@ def test_a_worker_is_silent_after_more_than_30_seconds_as_procrastinate_prunes_i
 def test_a_worker_that_beats_while_the_transaction_lasts_is_alive(nobody: Connection) -> None:
     nobody.execute("INSERT INTO procrastinate_workers (last_heartbeat) VALUES (clock_timestamp())")
     (worker,) = Stalled(nobody).workers()
-    assert (worker.state, worker.age < timedelta(0)) == ("alive", True)
+    assert worker.state == "alive"
+    assert worker.age is not None
+    assert worker.age < timedelta(0)
 
 
 @pytest.mark.parametrize("heartbeat", ["-infinity", "infinity"])

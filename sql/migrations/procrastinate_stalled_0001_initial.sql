@@ -129,7 +129,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     on_duplicate text NOT NULL DEFAULT 'fail',
     note text,
     CONSTRAINT rules_name_not_empty CHECK (name <> ''),
-    CONSTRAINT rules_expires_at_finite CHECK (isfinite(expires_at)),
+    -- What a program can read: Python, for example, knows no infinity.
+    CONSTRAINT rules_expires_at_in_range CHECK (expires_at >= '1970-01-01 00:00+00' AND expires_at < '9999-12-31 00:00+00'),
     CONSTRAINT rules_first_position_is_for_pauses CHECK (position > -2147483648 OR (action = 'ignore' AND expires_at IS NOT NULL)),
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
@@ -260,12 +261,12 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     waiting integer NOT NULL DEFAULT 0,
     held integer NOT NULL DEFAULT 0,
     held_reason text,
+    latest_heartbeat timestamp with time zone,
     newest_worker_id bigint,
     error text
 );
 
 CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
-CREATE INDEX IF NOT EXISTS sweeps_without_living_worker_idx ON procrastinate_stalled.sweeps (id) WHERE newest_worker_id IS NOT NULL;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';
@@ -279,7 +280,8 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker, if jobs were held because none was alive. When one of these workers is heard again, the others have heartbeat_timeout from the last such sweep on to be heard too. NULL: none was held for that.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from then on to be heard too.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker when it started; 0: there was none. A worker that is newer tells nothing of the silent ones.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
 
 
@@ -609,24 +611,30 @@ DECLARE
     );
     grace interval;
     demands_live_worker boolean;
-    nobody_until timestamp with time zone;
 BEGIN
     SELECT outage_grace, require_live_worker
         INTO grace, demands_live_worker
         FROM procrastinate_stalled.settings;
 
-    -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. A worker that is
-    -- new tells nothing of the others; and when it starts, it prunes them.
-    SELECT sweep.started_at
-        INTO nobody_until
-        FROM procrastinate_stalled.sweeps AS sweep
-        WHERE sweep.newest_worker_id IS NOT NULL
-            AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
-        ORDER BY sweep.id DESC
-        LIMIT 1;
-
     RETURN QUERY
-    WITH running AS (
+    WITH silence AS MATERIALIZED (
+        -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it counts
+        -- when a sweep last saw nobody alive. A worker that is new since tells nothing of the others; and when it
+        -- starts, it prunes them.
+        SELECT rule.name AS rule_name, sweep.started_at AS nobody_until, sweep.latest_heartbeat AS nobody_since
+            FROM procrastinate_stalled.rules AS rule
+            CROSS JOIN LATERAL (
+                SELECT *
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE sweep.started_at >= now() - rule.heartbeat_timeout
+                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
+                    ORDER BY sweep.started_at DESC
+                    LIMIT 1
+            ) AS sweep
+            WHERE by_rules
+                AND demands_live_worker IS NOT FALSE
+                AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
+    ), running AS (
         SELECT job.*,
                worker.last_heartbeat,
                orphan.seen_at,
@@ -644,7 +652,9 @@ BEGIN
                rule.on_duplicate,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
-               pause.note AS pause_note
+               pause.note AS pause_note,
+               silence.nobody_until,
+               silence.nobody_since
             FROM procrastinate_stalled._doing_jobs(job_ids) AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
             LEFT JOIN procrastinate_stalled.orphans AS orphan
@@ -680,6 +690,7 @@ BEGIN
                     ORDER BY pause.position, pause.name
                     LIMIT 1
             ) AS pause ON true
+            LEFT JOIN silence ON silence.rule_name = rule.name
             WHERE (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
     ), heard AS (
@@ -713,7 +724,13 @@ BEGIN
                        CASE WHEN heartbeat_timeout IS NOT NULL THEN greatest(
                            silent_since + heartbeat_timeout,
                            forgiven_until,
-                           CASE WHEN silent_since < nobody_until AND NOT nobody_is_alive THEN nobody_until + heartbeat_timeout END
+                           -- Not for who was overdue before all fell silent.
+                           CASE
+                               WHEN NOT nobody_is_alive
+                                   AND silent_since < nobody_until
+                                   AND silent_since + heartbeat_timeout > coalesce(nobody_since, '-infinity')
+                                   THEN nobody_until + heartbeat_timeout
+                           END
                        ) END
                    WHEN _judge.nb_seconds IS NULL THEN
                        CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
@@ -1078,7 +1095,13 @@ BEGIN
                     procrastinate_stalled._in_words(judged.heartbeat_timeout / 2)
                 )
             ),
-            format('the first sweep %s %s', CASE WHEN pause IS NULL THEN 'after a worker is heard again' ELSE 'after that' END, consequence),
+            CASE
+                WHEN pause IS NULL THEN format(
+                    'once a new worker has started, the next sweep %s; if an old one is heard again, %s later',
+                    consequence, procrastinate_stalled._in_words(judged.heartbeat_timeout)
+                )
+                ELSE format('the first sweep after that %s', consequence)
+            END,
             CASE WHEN judged.pause_name IS NULL AND judged.run_ends_at IS NOT NULL THEN
                 format('its run timeout counts in any case, at %s', procrastinate_stalled._in_words(judged.run_ends_at))
             END
@@ -1654,7 +1677,7 @@ EXCEPTION WHEN lock_not_available THEN
         ERRCODE = 'lock_not_available',
         MESSAGE = 'the table procrastinate_jobs is locked by another session',
         DETAIL = 'No job can be changed meanwhile, by workers neither: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
-        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ''procrastinate_jobs''::regclass AND granted);';
+        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ' || 'procrastinate_jobs'::regclass::oid || ' AND granted);';
 END;
 $$;
 
@@ -1677,8 +1700,10 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._lock_jobs_table();
     PERFORM procrastinate_stalled._note_orphans();
-    INSERT INTO procrastinate_stalled.sweeps (doing)
-        SELECT count(*)
+    INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
+        SELECT count(*),
+               (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
+               (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
             FROM procrastinate_stalled._doing_jobs(NULL)
             WHERE (_begin_sweep.queue IS NULL OR queue_name = _begin_sweep.queue)
                 AND (_begin_sweep.task_name IS NULL OR task_name = _begin_sweep.task_name)
@@ -1812,18 +1837,16 @@ BEGIN
             SELECT sweep.id
                 FROM procrastinate_stalled.sweeps AS sweep
                 WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                    AND sweep.id <> sweep_id
                 ORDER BY sweep.started_at
                 LIMIT 1000
                 FOR UPDATE OF sweep SKIP LOCKED
         );
     UPDATE procrastinate_stalled.sweeps
-        SET (waiting, held, held_reason, newest_worker_id) = (
+        SET (waiting, held, held_reason) = (
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
                        count(*) FILTER (WHERE verdict = 'held'),
-                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held'),
-                       CASE WHEN bool_or(verdict = 'held' AND pause_name IS NULL) THEN (
-                           SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker
-                       ) END
+                       string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held')
                     FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
             ),
             duration = clock_timestamp() - started_at
@@ -2001,6 +2024,7 @@ DECLARE
         || coalesce(' queue ' || quote_literal(pause.queue), '')
         || coalesce(' task ' || quote_literal(pause.task_name), '');
     new_rule procrastinate_stalled.rules;
+    former record;
 BEGIN
     -- A comparison takes a year for 360 days and the epoch for 365.25.
     IF (pause.duration > '0' AND pause.duration <= '10 years'
@@ -2022,6 +2046,10 @@ BEGIN
 
     DELETE FROM procrastinate_stalled.rules
         WHERE position = -2147483648 AND expires_at <= now();
+    SELECT expires_at, note
+        INTO former
+        FROM procrastinate_stalled.rules
+        WHERE name = new_name AND enabled;
     INSERT INTO procrastinate_stalled.rules (name, position, expires_at, queue_name, task_name, action, note)
         VALUES (new_name, -2147483648, now() + pause.duration, pause.queue, pause.task_name, 'ignore', pause.reason)
         ON CONFLICT (name) DO UPDATE
@@ -2037,6 +2065,12 @@ BEGIN
             DETAIL = 'It was not made by pause(), which would give its own rule this name.',
             HINT = 'Nothing was changed. Give that rule another name.';
     END IF;
+    IF former.expires_at > new_rule.expires_at THEN
+        RAISE NOTICE USING
+            MESSAGE = format('procrastinate_stalled: "%s" ends sooner now', new_name),
+            DETAIL = format('It was to last until %s%s.', former.expires_at, ' (' || former.note || ')'),
+            HINT = 'Ask who made it, or pause for longer.';
+    END IF;
     RETURN new_rule;
 END;
 $$;
@@ -2044,7 +2078,8 @@ $$;
 COMMENT ON FUNCTION procrastinate_stalled.pause(interval, text, text, text) IS
 $$Lets sweeps leave jobs alone for a while, whatever other rules say, a run_timeout too. It adds a rule in front of all
 others that ignores the matching jobs until it expires. Called again for the same jobs, it sets the end and the reason
-anew. A batch that a sweep is writing at this moment is still written; the next one obeys. retry_job() does not.
+anew; a notice says so if it ends sooner now. A batch that a sweep is writing at this moment is still written; the next
+one obeys. retry_job() does not.
 
 Arguments, all optional:
   duration   from now on, longer than 0 and at most 10 years
@@ -2745,6 +2780,7 @@ BEGIN
     BEGIN
         SELECT count(*) AS jobs,
                count(*) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old,
+               min(id) FILTER (WHERE number = 1) AS first_id,
                string_agg(
                    format('job %s (for %s, while job %s waits)', id, procrastinate_stalled._in_words(now() - greatest(started_at, 'epoch')), waiting_id),
                    ', ' ORDER BY started_at, id
@@ -2759,7 +2795,10 @@ BEGIN
         level := CASE WHEN facts.old > 0 THEN 'warning' ELSE 'ok' END;
         detail := format('%s running under a living worker while a job with the same queueing lock waits', facts.jobs)
             || coalesce(': ' || facts.examples || CASE WHEN facts.jobs > 5 THEN ', ...' ELSE '' END, '');
-        hint := CASE WHEN facts.old > 0 THEN 'Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SELECT procrastinate_finish_job_v1(<id>, ''failed'', false);' END;
+        hint := CASE WHEN facts.old > 0 THEN format('Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SET search_path = %I; SELECT procrastinate_finish_job_v1(%s, ''failed'', false);',
+            (SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = to_regclass('procrastinate_jobs')),
+            facts.first_id
+        ) END;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
