@@ -66,6 +66,32 @@ def rescued(connection: Connection) -> list[int]:
     return [rescue["job_id"] for rescue in rescues]
 
 
+def test_a_sweep_does_not_purge_its_own_row(connection: Connection) -> None:
+    connection.execute("UPDATE procrastinate_stalled.settings SET keep_sweeps = '0'")
+    for _ in range(2):
+        connection.execute(SWEEP)
+        assert get_sweeps(connection) == [sweep_row()]
+
+
+def test_a_sweep_notes_the_latest_heartbeat_and_the_newest_worker(connection: Connection) -> None:
+    connection.execute("TRUNCATE procrastinate_workers CASCADE")
+    connection.execute(SWEEP)
+    older, newer = add_worker(connection, silent_for=10), add_worker(connection, silent_for=20)
+    add_worker(connection, silent_for=-60)  # of a clock that was wrong
+    connection.execute(SWEEP)
+    assert rows(
+        connection,
+        """
+        SELECT latest_heartbeat = (SELECT last_heartbeat FROM procrastinate_workers WHERE id = %s) AS latest,
+               newest_worker_id - %s AS newest
+        FROM procrastinate_stalled.sweeps
+        ORDER BY id
+        """,
+        older,
+        newer,
+    ) == [{"latest": None, "newest": -newer}, {"latest": True, "newest": 1}]
+
+
 def test_a_sweep_of_nothing_leaves_a_row_that_says_so(connection: Connection) -> None:
     add_job(connection, "todo")
     add_job(connection, "succeeded")
