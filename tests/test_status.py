@@ -6,6 +6,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from procrastinate_stalled import Stalled, Status, install
 from tests.conftest import Connect
@@ -18,8 +19,9 @@ from tests.jobs import (
     add_worker,
     contents,
     insert,
+    rows,
 )
-from tests.server import Server, database_name, streaming_standby
+from tests.server import Server, database_name, install_procrastinate, streaming_standby
 
 NAMES = [
     "procrastinate",
@@ -883,6 +885,28 @@ def test_a_locked_table_is_told_and_not_waited_for(connect: Connect, connection:
     assert status["workers"].level == "error"
     assert status["workers"].detail == "canceling statement due to lock timeout"
     assert status["rules"].level == "ok"
+
+
+def test_a_schema_whose_name_needs_quotes_is_understood(server: Server) -> None:
+    with server.database() as database, psycopg.connect(database, autocommit=True) as connection:
+        connection.execute('CREATE SCHEMA "my schema"')
+        in_schema = make_conninfo(database, options='-c search_path="my\\ schema"')
+        install_procrastinate(in_schema)
+        install(database)
+        with psycopg.connect(in_schema, autocommit=True) as procrastinate:
+            add_given_up_job(procrastinate, "recent", 10)
+            add_given_up_job(procrastinate, "old", 400)
+        status = check_rows(connection)
+        assert status["procrastinate"] == Status(
+            "procrastinate", "ok", 'schema "my schema", as of Procrastinate 3.4 or later', None
+        )
+
+        # The statement in the hint ends the job that ran for longer than its heartbeat_timeout, and no other.
+        connection.execute((status["given_up"].hint or "").rpartition(": ")[2].encode())
+
+        ended = rows(connection, "SELECT queueing_lock FROM procrastinate_jobs WHERE status = 'failed'")
+        assert ended == [{"queueing_lock": "old"}]
+        assert check_rows(connection)["given_up"].level == "ok"
 
 
 def test_a_start_of_the_server_in_the_future_is_a_warning(transaction: Connection) -> None:

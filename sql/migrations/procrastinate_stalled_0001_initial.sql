@@ -2541,12 +2541,13 @@ BEGIN
     BEGIN
         -- No row is read: it is only asked whether this role may.
         PERFORM FROM procrastinate_jobs, procrastinate_workers, procrastinate_events LIMIT 0;
-        SELECT schema,
-               to_regclass(format('%I.procrastinate_jobs_lock_idx_v1', schema)) IS NOT NULL AS has_index,
-               to_regproc(format('%I.procrastinate_retry_job_v2', schema)) IS NOT NULL AS can_retry_failed,
-               to_regproc(format('%I.procrastinate_defer_jobs_v1', schema)) IS NOT NULL AS can_defer_many
+        SELECT relnamespace::regnamespace AS schema,
+               to_regclass('procrastinate_jobs_lock_idx_v1') IS NOT NULL AS has_index,
+               to_regproc('procrastinate_retry_job_v2') IS NOT NULL AS can_retry_failed,
+               to_regproc('procrastinate_defer_jobs_v1') IS NOT NULL AS can_defer_many
             INTO facts
-            FROM (SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')) AS found (schema);
+            FROM pg_class
+            WHERE oid = to_regclass('procrastinate_jobs');
         detail := format('schema %s, as of Procrastinate %s', facts.schema, CASE
             WHEN facts.can_retry_failed THEN '3.4 or later'
             WHEN facts.can_defer_many THEN '3.2 or 3.3'
@@ -2747,8 +2748,8 @@ BEGIN
                count(*) FILTER (WHERE verdict = 'held') AS held,
                string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held') AS held_by,
                count(*) FILTER (WHERE verdict = 'stalled' AND action <> 'wait') AS due,
-               (
-                   SELECT count(*) > 0
+               EXISTS (
+                   SELECT
                        FROM procrastinate_stalled.sweeps
                        WHERE started_at > now() - interval '1 hour'
                ) AS swept
@@ -2779,8 +2780,7 @@ BEGIN
     name := 'given_up';
     BEGIN
         SELECT count(*) AS jobs,
-               count(*) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old,
-               min(id) FILTER (WHERE number = 1) AS first_id,
+               min(id) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old_id,
                string_agg(
                    format('job %s (for %s, while job %s waits)', id, procrastinate_stalled._in_words(now() - greatest(started_at, 'epoch')), waiting_id),
                    ', ' ORDER BY started_at, id
@@ -2792,12 +2792,12 @@ BEGIN
                     JOIN procrastinate_stalled.workers() AS worker ON worker.worker_id = judged.worker_id
                     WHERE judged.waiting_id IS NOT NULL AND worker.state = 'alive'
             ) AS suspect;
-        level := CASE WHEN facts.old > 0 THEN 'warning' ELSE 'ok' END;
+        level := CASE WHEN facts.old_id IS NULL THEN 'ok' ELSE 'warning' END;
         detail := format('%s running under a living worker while a job with the same queueing lock waits', facts.jobs)
             || coalesce(': ' || facts.examples || CASE WHEN facts.jobs > 5 THEN ', ...' ELSE '' END, '');
-        hint := CASE WHEN facts.old > 0 THEN format('Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SET search_path = %I; SELECT procrastinate_finish_job_v1(%s, ''failed'', false);',
-            (SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = to_regclass('procrastinate_jobs')),
-            facts.first_id
+        hint := CASE WHEN facts.old_id IS NOT NULL THEN format('Their worker may have failed to put them back (Procrastinate issue 1446). They are never touched but by a run_timeout. Ask their worker''s log; a job that is given up can be ended, for the waiting one does the same work: SET search_path = %s; SELECT procrastinate_finish_job_v1(%s, ''failed'', false);',
+            (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')),
+            facts.old_id
         ) END;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
