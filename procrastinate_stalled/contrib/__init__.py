@@ -1,0 +1,1 @@
+"""What joins procrastinate_stalled to frameworks."""

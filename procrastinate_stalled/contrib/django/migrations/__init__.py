@@ -1,0 +1,1 @@
+"""The migrations of Django: each runs the newest migration of `sql/`."""

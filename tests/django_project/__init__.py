@@ -1,0 +1,1 @@
+"""A Django project with Procrastinate and this product, as users have it."""
