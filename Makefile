@@ -1,11 +1,10 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
-MIGRATION = sql/migrations/procrastinate_stalled_0001_initial.sql
 
-.PHONY: help prepare demo test lint migration bench cases clean
+.PHONY: help prepare demo test test-matrix lint migration release bench cases clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 prepare: ## Install what is missing: PostgreSQL, pg_cron, .venv
 	@scripts/prepare
@@ -16,11 +15,17 @@ demo: prepare ## Lose a worker to SIGKILL and see its job rescued by PostgreSQL 
 test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
 	@$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
 
+test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"
+	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)
+
 lint: prepare ## Check Python, SQL and shell
 	@$(BIN)/python -m scripts.lint
 
-migration: ## Assemble the migration from sql/[0-9]*.sql
-	@cat sql/[0-9]*.sql > $(MIGRATION)
+migration: ## Assemble the next migration from sql/[0-9]*.sql
+	@scripts/assemble-migration
+
+release: ## Freeze the migration of this version
+	@scripts/assemble-migration --release
 
 bench: prepare ## Compare with Procrastinate's documented way
 	@$(BIN)/python -m benchmarks
@@ -28,6 +33,23 @@ bench: prepare ## Compare with Procrastinate's documented way
 cases: prepare ## Count the jobs of living workers that run twice, by case and product
 	@$(BIN)/python -m tests.living_workers
 
+# PGXS comes with PostgreSQL and brings many targets of its own, so it is read for these three only.
+ifneq ($(filter install uninstall installcheck,$(MAKECMDGOALS)),)
+PG_CONFIG ?= pg_config
+EXTENSION = procrastinate_stalled
+DATA := $(shell scripts/extension-scripts)
+REGRESS = procrastinate_stalled
+REGRESS_OPTS = --inputdir=tests/installcheck --outputdir=build/installcheck
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+
+# install: ## Install the extension into the PostgreSQL of PG_CONFIG=...
+# uninstall: ## Remove it there again
+# installcheck: ## Check the installed extension on a running server
+installcheck: prepare
+else
+
 clean: ## Remove everything that the other targets made
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .matrix build dist
 	@find . -name __pycache__ -prune -exec rm -rf {} +
+endif

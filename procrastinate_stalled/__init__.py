@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from procrastinate_stalled.client import Stalled
     from procrastinate_stalled.client_async import AsyncStalled
-    from procrastinate_stalled.installation import install, migrations_sql, uninstall
+    from procrastinate_stalled.installation import install, psql_script, tle_script, uninstall
     from procrastinate_stalled.periodic import add_periodic_sweep
     from procrastinate_stalled.rows import ExplainedJob, Rescue, Rule, StalledJob, Status, TaskRuntime, Worker
 
@@ -31,7 +31,8 @@ __all__ = [
     "Worker",
     "add_periodic_sweep",
     "install",
-    "migrations_sql",
+    "psql_script",
+    "tle_script",
     "uninstall",
 ]
 
@@ -47,7 +48,8 @@ _MODULES = {
     "Worker": "rows",
     "add_periodic_sweep": "periodic",
     "install": "installation",
-    "migrations_sql": "installation",
+    "psql_script": "installation",
+    "tle_script": "installation",
     "uninstall": "installation",
 }
 

@@ -74,7 +74,19 @@ TaskPattern = Annotated[
     str | None,
     typer.Option(metavar="PATTERN", help="Only jobs whose task is LIKE this pattern, such as billing.%."),
 ]
+CronDatabase = Annotated[
+    str | None,
+    typer.Option(
+        "--cron-database",
+        metavar="ADDRESS",
+        help="Where pg_cron lives, if that is another database of the server: its name, or an address as for "
+        "--database-url, of which what is left out is the same as there.",
+    ),
+]
 RuleName = Annotated[str, typer.Argument(metavar="NAME", help="The rule.")]
+Role = Annotated[
+    str, typer.Argument(metavar="ROLE", help="A role of the server, as it is there: upper and lower case count.")
+]
 
 
 COLORS = {
@@ -188,11 +200,15 @@ def uninstall(context: typer.Context) -> None:
 
 
 @app.command(epilog="Example:\n\nprocrastinate-stalled sql | psql --quiet postgresql://app@db.example.com/app")
-def sql() -> None:
-    """Print the migrations as one script for psql, to install from where this package is not."""
+def sql(
+    tle: Annotated[
+        bool, typer.Option("--tle", help="Make CREATE EXTENSION possible in a database that has pg_tle.")
+    ] = False,
+) -> None:
+    """Print a script for psql that installs, or brings up to date, where this package is not."""
     from procrastinate_stalled import installation
 
-    sys.stdout.write(installation.migrations_sql())
+    sys.stdout.write(installation.tle_script() if tle else installation.psql_script())
 
 
 @app.command(
@@ -473,38 +489,75 @@ def resume(context: typer.Context, queue: Queue = None, task_name: TaskPattern =
 
 @app.command(
     epilog="Examples:\n\nprocrastinate-stalled schedule\n\nprocrastinate-stalled schedule '*/5 * * * *'\n\n"
-    "procrastinate-stalled schedule '30 seconds' (with pg_cron 1.5 or later)"
+    "procrastinate-stalled schedule '30 seconds' (with pg_cron 1.5 or later)\n\n"
+    "procrastinate-stalled schedule --cron-database postgres"
 )
 def schedule(
     context: typer.Context,
     schedule: Annotated[str, typer.Argument(metavar="SCHEDULE", help="In the syntax of cron.")] = "* * * * *",
+    cron_database: CronDatabase = None,
 ) -> None:
     """Let pg_cron run the sweep. Called again, it changes the schedule."""
+    from procrastinate_stalled import cron_database as elsewhere
     from procrastinate_stalled.client import Stalled
 
     with _connection(context) as connection:
-        job_id = Stalled(connection).schedule(schedule=schedule)
+        if cron_database is None:
+            job_id = Stalled(connection).schedule(schedule=schedule)
+        else:
+            job_id = elsewhere.schedule(connection, elsewhere.address(cron_database, context.obj), schedule)
     _print(f"Scheduled: pg_cron job {job_id} runs at '{schedule}'.")
 
 
 @app.command()
-def unschedule(context: typer.Context) -> None:
+def unschedule(context: typer.Context, cron_database: CronDatabase = None) -> None:
     """Remove the pg_cron job."""
+    from procrastinate_stalled import cron_database as elsewhere
     from procrastinate_stalled.client import Stalled
 
     with _connection(context) as connection:
-        removed = Stalled(connection).unschedule()
+        if cron_database is None:
+            removed = Stalled(connection).unschedule()
+        else:
+            removed = elsewhere.unschedule(connection, elsewhere.address(cron_database, context.obj))
     _print("Unscheduled." if removed else "Not scheduled, nothing to do.")
 
 
+@app.command(epilog="Example:\n\nprocrastinate-stalled grant-monitor grafana")
+def grant_monitor(context: typer.Context, role: Role) -> None:
+    """Let a role look at everything here, and change nothing. Again after an upgrade."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        Stalled(connection).grant_monitor(role)
+    _print(f"Granted: role {role} may look.")
+
+
+@app.command(epilog="Example:\n\nprocrastinate-stalled grant-operator on_call")
+def grant_operator(context: typer.Context, role: Role) -> None:
+    """Let a role look at everything here, and retry jobs. Again after an upgrade."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        Stalled(connection).grant_operator(role)
+    _print(f"Granted: role {role} may look and retry.")
+
+
 @app.command(epilog=EXIT_CODES)
-def status(context: typer.Context, as_json: Json = False) -> int:
+def status(context: typer.Context, cron_database: CronDatabase = None, as_json: Json = False) -> int:
     """Check the health of the whole: Procrastinate, the schedule, the last sweep, the jobs."""
+    from procrastinate_stalled import cron_database as elsewhere
     from procrastinate_stalled.client import Stalled
 
     with _connection(context) as connection:
         stalled = Stalled(connection)
-        checks = [*stalled.status(), _package_status(stalled.version())]
+        if cron_database is None:
+            checks = stalled.status()
+        else:
+            jobs = _jobs_of_pg_cron(connection, elsewhere.address(cron_database, context.obj))
+            with elsewhere.told(connection, jobs):
+                checks = stalled.status()
+        checks.append(_package_status(stalled.version()))
     if as_json:
         _print_json([asdict(check) for check in checks])
     else:
@@ -516,6 +569,32 @@ def status(context: typer.Context, as_json: Json = False) -> int:
             if check.hint:
                 _print(f"\n{check.name}: {check.hint}")
     return max({"ok": OK, "warning": WARNING, "error": ERROR}[check.level] for check in checks)
+
+
+def _jobs_of_pg_cron(connection: psycopg.Connection[Any], conninfo: str) -> dict[str, Any]:
+    """Return what `status` is to judge, also where it cannot be read."""
+    import psycopg
+
+    from procrastinate_stalled import cron_database
+
+    try:
+        return cron_database.read_jobs(connection, conninfo)
+    except psycopg.Error as error:
+        message, detail, hint = _explain(error)
+        return {"problem": ": ".join(filter(None, (message, detail))), "hint": hint}
+
+
+@app.command(epilog="Example:\n\nprocrastinate-stalled set-procrastinate-schema app")
+def set_procrastinate_schema(
+    context: typer.Context,
+    schema: Annotated[str, typer.Argument(metavar="SCHEMA", help="Its name. Upper and lower case count.")],
+) -> None:
+    """Look for Procrastinate in another schema, because it was moved, or a dump was restored."""
+    from procrastinate_stalled.client import Stalled
+
+    with _connection(context) as connection:
+        Stalled(connection).set_procrastinate_schema(schema)
+    _print(f"Procrastinate is looked for in schema {schema}.")
 
 
 rules_app = typer.Typer(
@@ -611,7 +690,9 @@ def change(context: typer.Context, name: RuleName, columns: dict[str, str | None
 
     if not columns:
         raise typer.BadParameter("there is nothing to change: give at least one option.")
-    statement = sql.SQL("UPDATE procrastinate_stalled.rules SET {} WHERE name = {} RETURNING *").format(
+    statement = sql.SQL(
+        "UPDATE procrastinate_stalled.rules SET {} WHERE name OPERATOR(pg_catalog.=) {} RETURNING *"
+    ).format(
         sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(column), sql.Placeholder()) for column in columns),
         sql.Placeholder(),
     )
@@ -627,7 +708,8 @@ def change(context: typer.Context, name: RuleName, columns: dict[str, str | None
 def remove(context: typer.Context, name: RuleName) -> None:
     """Remove a rule. Its jobs obey the next rule that matches them."""
     with _connection(context) as connection:
-        if connection.execute("DELETE FROM procrastinate_stalled.rules WHERE name = %s", [name]).rowcount == 0:
+        statement = "DELETE FROM procrastinate_stalled.rules WHERE name OPERATOR(pg_catalog.=) %s"
+        if connection.execute(statement, [name]).rowcount == 0:
             _refuse_unknown_rule(connection, name)
     _print(f"Removed rule {name}.")
 
@@ -654,23 +736,25 @@ def _refused_values(connection: psycopg.Connection[Any], values: Mapping[str, st
         )
     except (psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation, psycopg.DataError) as error:
         parameter = re.search(r"\$(\d+)", error.diag.context or "")
-        described = dict(
-            connection.execute(
-                """
-                SELECT attribute.attname, col_description(attribute.attrelid, attribute.attnum)
-                    FROM pg_attribute AS attribute
-                    LEFT JOIN pg_constraint AS check_
-                        ON check_.conrelid = attribute.attrelid AND check_.conname = %(check)s
-                    WHERE attribute.attrelid = 'procrastinate_stalled.rules'::regclass
-                        AND (attribute.attname = %(column)s OR attribute.attnum = ANY (check_.conkey))
-                    ORDER BY attribute.attnum
-                """,
-                {
-                    "check": error.diag.constraint_name,
-                    "column": list(values)[int(parameter[1]) - 1] if parameter else error.diag.column_name,
-                },
-            ).fetchall()
-        )
+        with connection.transaction():
+            connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+            described = dict(
+                connection.execute(
+                    """
+                    SELECT attribute.attname, col_description(attribute.attrelid, attribute.attnum)
+                        FROM pg_attribute AS attribute
+                        LEFT JOIN pg_constraint AS check_
+                            ON check_.conrelid = attribute.attrelid AND check_.conname = %(check)s
+                        WHERE attribute.attrelid = 'procrastinate_stalled.rules'::regclass
+                            AND (attribute.attname = %(column)s OR attribute.attnum = ANY (check_.conkey))
+                        ORDER BY attribute.attnum
+                    """,
+                    {
+                        "check": error.diag.constraint_name,
+                        "column": list(values)[int(parameter[1]) - 1] if parameter else error.diag.column_name,
+                    },
+                ).fetchall()
+            )
         if not described:
             raise
         refused = [
@@ -706,16 +790,17 @@ def _refuse_unknown_rule(connection: psycopg.Connection[Any], name: str) -> NoRe
 def main() -> None:
     """Run the command line and exit."""
     logging.getLogger("procrastinate_stalled").addHandler(_StderrHandler())
+    sys.exit(run(app, prog_name="procrastinate-stalled"))
+
+
+def run(command: Callable[..., int | None], **options: Any) -> int:
+    """Run the commands of `app`, or some of them, and return the exit code. All errors have been printed then."""
     # It would warn of the offset of _use_local_time, and write across the table of list --watch.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
-    sys.exit(_run())
-
-
-def _run() -> int:
     # typer exports only some of the usage errors.
     usage_error = typer.BadParameter.__base__
     try:
-        code = app(prog_name="procrastinate-stalled", standalone_mode=False)
+        code = command(standalone_mode=False, **options)
     except typer.Abort:
         return INTERRUPTED
     except UnicodeEncodeError as error:
@@ -756,16 +841,22 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
             "The command was carried out. A time in the answer is infinite or out of range: look at it with psql.",
         )
 
+    from procrastinate_stalled.cron_database import NoConnectionToCronDatabase
+
     # An address that libpq does not understand, such as postgresql+psycopg://..., is quoted with its password.
     text = re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", str(error))
     detail = "\n".join(line.strip() for line in text.splitlines() if line.strip())
     hint = "Name the database with --database-url, DATABASE_URL or the PG* variables: postgresql://user@host/database"
+    message = "no connection to the database"
+    if isinstance(error, NoConnectionToCronDatabase):
+        hint = "Name it with --cron-database: postgres, or postgresql://user@host/postgres"
+        message = "no connection to the database of pg_cron"
     if re.search(r"unsupported startup parameter|statement pooling", detail):
         hint = (
             "That is PgBouncer. Connect to the server itself (most often port 5432), "
             "or leave that parameter out of the address."
         )
-    return "no connection to the database", detail, hint
+    return message, detail, hint
 
 
 @contextmanager
@@ -785,7 +876,7 @@ def _connection(context: typer.Context, **options: Any) -> Iterator[psycopg.Conn
 def _use_local_time(connection: psycopg.Connection[Any]) -> None:
     """Let the server write times of day as the tables here do."""
     offset = datetime.now().astimezone().utcoffset() or timedelta()
-    connection.execute("SELECT set_config('TimeZone', %s, false)", [str(offset.total_seconds() / 3600)])
+    connection.execute("SELECT pg_catalog.set_config('TimeZone', %s, false)", [str(offset.total_seconds() / 3600)])
 
 
 def _package_status(sql_version: str) -> Status:
@@ -1069,7 +1160,7 @@ def _watch(context: typer.Context, queue: str | None, task_name: str | None) -> 
                 with _connection(context, connect_timeout=10, tcp_user_timeout=10_000) as connection:
                     while True:
                         jobs = Stalled(connection).explain_jobs(queue=queue, task_name=task_name)
-                        ((now,),) = connection.execute("SELECT clock_timestamp()").fetchall()
+                        ((now,),) = connection.execute("SELECT pg_catalog.clock_timestamp()").fetchall()
                         if shown is None:
                             # From here on a thread draws it, whatever the next query waits for.
                             screen.enter_context(live)
@@ -1108,11 +1199,11 @@ def _sweep_progress(connection: psycopg.Connection[Any], database_url: str) -> I
     found, last_id = connection.execute(
         """
         SELECT (
-                SELECT count(*)
+                SELECT pg_catalog.count(*)
                     FROM procrastinate_stalled.get_stalled_jobs()
-                    WHERE action IN ('retry', 'fail', 'abort')
+                    WHERE action OPERATOR(pg_catalog.=) ANY ('{retry,fail,abort}')
             ),
-            (SELECT coalesce(max(id), 0) FROM procrastinate_stalled.rescues)
+            (SELECT coalesce(pg_catalog.max(id), 0) FROM procrastinate_stalled.rescues)
         """
     ).fetchone() or (0, 0)
     ended = threading.Event()
@@ -1131,7 +1222,8 @@ def _sweep_progress(connection: psycopg.Connection[Any], database_url: str) -> I
         with suppress(psycopg.Error), psycopg.connect(database_url, autocommit=True) as counting:
             while not ended.wait(0.2):
                 rescued = counting.execute(
-                    "SELECT count(*) FROM procrastinate_stalled.rescues WHERE id > %s", [last_id]
+                    "SELECT pg_catalog.count(*) FROM procrastinate_stalled.rescues WHERE id OPERATOR(pg_catalog.>) %s",
+                    [last_id],
                 ).fetchone()
                 progress.update(bar, completed=rescued[0] if rescued else 0)
 

@@ -193,7 +193,7 @@ class AsyncStalled:
             """
             procrastinate_stalled.retry_job(
                 job_id => %(job_id)s::bigint,
-                retry_at => %(retry_at)s::timestamptz,
+                retry_at => %(retry_at)s::timestamp with time zone,
                 priority => %(priority)s::integer,
                 queue => %(queue)s,
                 lock => %(lock)s
@@ -390,6 +390,26 @@ class AsyncStalled:
         was_scheduled: bool = await self._fetch_value("SELECT procrastinate_stalled.unschedule()")
         return was_scheduled
 
+    async def set_procrastinate_schema(self, schema: str) -> None:
+        """Look for Procrastinate in another schema from now on: it was moved, or a dump was restored.
+
+        Parameters
+        ----------
+        schema :
+            The name of the schema. Upper and lower case count.
+
+        Raises
+        ------
+        psycopg.errors.InvalidSchemaName
+            There is no such schema, or no Procrastinate in it.
+        psycopg.errors.InsufficientPrivilege
+            The role does not own the functions.
+        """
+        async with AsyncCursor(self.connection) as cursor:
+            await cursor.execute(
+                "SELECT procrastinate_stalled.set_procrastinate_schema(schema => %(schema)s)", {"schema": schema}
+            )
+
     async def status(self) -> list[Status]:
         """Return the health of the whole, one row per check. Writes nothing."""
         return await self._fetch(Status, "procrastinate_stalled.status()")
@@ -408,8 +428,44 @@ class AsyncStalled:
             One row per task, by name. Runs that a rescue ended are not counted.
         """
         return await self._fetch(
-            TaskRuntime, "procrastinate_stalled.task_runtimes(since => %(since)s::timestamptz)", since=since
+            TaskRuntime,
+            "procrastinate_stalled.task_runtimes(since => %(since)s::timestamp with time zone)",
+            since=since,
         )
+
+    async def grant_monitor(self, role: str) -> None:
+        """Let a role look at everything, and change nothing. Call it again after an upgrade.
+
+        Parameters
+        ----------
+        role :
+            The name of an existing role; upper and lower case count.
+
+        Raises
+        ------
+        psycopg.errors.UndefinedObject
+            There is no such role.
+        psycopg.errors.InsufficientPrivilege
+            You may not grant that; the hint says who may.
+        """
+        await self._fetch_value("SELECT procrastinate_stalled.grant_monitor(role => %(role)s)", role=role)
+
+    async def grant_operator(self, role: str) -> None:
+        """Let a role look at everything, and retry jobs. Call it again after an upgrade.
+
+        Parameters
+        ----------
+        role :
+            The name of an existing role; upper and lower case count.
+
+        Raises
+        ------
+        psycopg.errors.UndefinedObject
+            There is no such role.
+        psycopg.errors.InsufficientPrivilege
+            You may not grant that; the hint says who may.
+        """
+        await self._fetch_value("SELECT procrastinate_stalled.grant_operator(role => %(role)s)", role=role)
 
     async def version(self) -> str:
         """Return the version of the SQL that is installed in the database."""

@@ -38,6 +38,14 @@ END;
 $$
 """
 
+# Nobody's functions and operators but PostgreSQL's; returns the path until then.
+_HIDE_SEARCH_PATH = """
+WITH path AS MATERIALIZED (SELECT pg_catalog.current_setting('search_path') AS former)
+SELECT former
+    FROM path
+    WHERE pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true) IS NOT NULL
+"""
+
 _FOREIGN_YOYO_TABLES = """
 SELECT namespace.nspname, class.relname
     FROM pg_catalog.pg_class AS class
@@ -47,6 +55,36 @@ SELECT namespace.nspname, class.relname
         AND pg_catalog.has_schema_privilege(namespace.oid, 'USAGE')
         AND pg_catalog.has_table_privilege(class.oid, 'SELECT')
         AND pg_catalog.has_table_privilege(class.oid, 'DELETE')
+"""
+
+
+_TLE_SCRIPT = """\
+\\set ON_ERROR_STOP on
+DO $pgtle$
+DECLARE
+    script CONSTANT text := $migration$
+{script}$migration$;
+    older text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pgtle.available_extensions() WHERE name = 'procrastinate_stalled') THEN
+        PERFORM pgtle.install_extension(
+            'procrastinate_stalled',
+            '{newest}',
+            'Finds the stalled jobs of Procrastinate and retries them inside the database',
+            script
+        );
+    ELSIF NOT EXISTS (
+        SELECT FROM pgtle.available_extension_versions()
+        WHERE name = 'procrastinate_stalled' AND version = '{newest}'
+    ) THEN
+        PERFORM pgtle.install_extension_version_sql('procrastinate_stalled', '{newest}', script);
+        FOREACH older IN ARRAY ARRAY[{older}]::text[] LOOP
+            PERFORM pgtle.install_update_path('procrastinate_stalled', older, '{newest}', script);
+        END LOOP;
+        PERFORM pgtle.set_default_version('procrastinate_stalled', '{newest}');
+    END IF;
+END;
+$pgtle$;
 """
 
 
@@ -83,9 +121,16 @@ def install(conninfo: str = "") -> list[str]:
     """
     with _Backend(conninfo, default_migration_table) as backend, backend.transaction():
         _prepare(backend.connection)
-        pending = backend.to_apply(yoyo.read_migrations(f"package:{SCHEMA}:migrations"))
+        path = backend.connection.execute(_HIDE_SEARCH_PATH).fetchone()
+        pending = list(backend.to_apply(yoyo.read_migrations(f"package:{SCHEMA}:migrations")))
+        # Each migration brings nothing, or any older version, to its own version: the newest is enough.
+        for migration in pending[-1:]:
+            # Which Procrastinate is meant can depend on it.
+            backend.connection.execute("SELECT pg_catalog.set_config('search_path', %s, true)", path)
+            migration.process_steps(backend, "apply")
+            backend.connection.execute(_HIDE_SEARCH_PATH)
         for migration in pending:
-            backend.apply_one(migration)
+            backend.mark_one(migration, log=False)
     return [migration.id for migration in pending]
 
 
@@ -119,10 +164,9 @@ def uninstall(conninfo: str = "") -> bool:
     with _connect(conninfo) as connection, connection.transaction():
         connection.add_notice_handler(_log_warning)
         _prepare(connection)
+        connection.execute(_HIDE_SEARCH_PATH)
         installed = connection.execute("SELECT pg_catalog.to_regnamespace(%s) IS NOT NULL", [SCHEMA]).fetchone()
-        # The first migration creates the schema, so its rollback takes all later ones away as well.
-        first = _migration_files()[0]
-        connection.execute(first.with_suffix(".rollback.sql").read_bytes())
+        connection.execute(rollback_sql().encode())
         removed = installed == (True,)
         for table in connection.execute(_FOREIGN_YOYO_TABLES).fetchall():
             deleted = connection.execute(
@@ -133,10 +177,37 @@ def uninstall(conninfo: str = "") -> bool:
     return removed
 
 
-def migrations_sql() -> str:
-    """Return all migrations as one script for psql, which runs them in one transaction."""
-    migrations = "\n".join(file.read_text(encoding="utf-8") for file in _migration_files())
-    return f"\\set ON_ERROR_STOP on\nBEGIN;\n\n{migrations}\nCOMMIT;\n"
+def migration_sql() -> str:
+    """Return the newest migration, which brings nothing, or any older version, to its own version.
+
+    It must run in one transaction, whose search_path it changes.
+    """
+    return _migration_files()[-1].read_text(encoding="utf-8")
+
+
+def rollback_sql() -> str:
+    """Return the script that removes everything, however it was installed."""
+    # The first migration creates the schema, so its rollback takes all later ones away as well.
+    return _migration_files()[0].with_suffix(".rollback.sql").read_text(encoding="utf-8")
+
+
+def psql_script() -> str:
+    """Return the newest migration as a script for psql, which runs it in one transaction."""
+    return f"\\set ON_ERROR_STOP on\nBEGIN;\n\n{migration_sql()}\nCOMMIT;\n"
+
+
+def tle_script() -> str:
+    """Return a script for psql that makes the extension available in a database that has pg_tle.
+
+    After it: ``CREATE EXTENSION procrastinate_stalled``, or, where an older version was made
+    available before, ``ALTER EXTENSION procrastinate_stalled UPDATE``.
+    """
+    *older, newest = [file.stem.rpartition("_")[2] for file in _migration_files()]
+    return _TLE_SCRIPT.format(
+        script=migration_sql(),
+        newest=newest,
+        older=", ".join(f"'{version}'" for version in older),
+    )
 
 
 def _migration_files() -> list[Path]:
@@ -196,7 +267,3 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
             return []
         hashes: list[str] = super().get_applied_migration_hashes()
         return hashes
-
-    def apply_one(self, migration: Any, force: bool = False, mark: bool = True) -> None:  # noqa: ARG002
-        migration.process_steps(self, "apply")
-        self.mark_one(migration, log=False)

@@ -93,11 +93,34 @@ COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on 
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
 
--- The row of settings tells a first install: a rule "default" that the user deleted stays deleted.
-INSERT INTO procrastinate_stalled.rules (name, position, note)
-    SELECT 'default', 2147483647, 'Made by the install. Change it, or put your own rules before it.'
-    WHERE NOT EXISTS (SELECT FROM procrastinate_stalled.settings);
-INSERT INTO procrastinate_stalled.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
+CREATE OR REPLACE FUNCTION procrastinate_stalled._first_rows()
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+BEGIN
+    -- The row of settings tells a first install: a rule "default" that the user deleted stays deleted.
+    IF EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
+        RETURN;
+    END IF;
+    INSERT INTO procrastinate_stalled.rules (name, position, note)
+        VALUES ('default', 2147483647, 'Made by the install. Change it, or put your own rules before it.')
+        ON CONFLICT DO NOTHING;
+    INSERT INTO procrastinate_stalled.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._first_rows() IS
+    'Inserts the rule "default" and the row of settings, unless there are settings. Called by the install, and by sweeps for a database that was restored without its rows.';
+
+DO $$
+BEGIN
+    IF NOT current_setting('procrastinate_stalled.restoring')::boolean THEN
+        PERFORM procrastinate_stalled._first_rows();
+    END IF;
+END;
+$$;
 
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.rescues (

@@ -204,6 +204,9 @@ DECLARE
     latest_heartbeat CONSTANT timestamp with time zone := (
         SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()
     );
+    -- Between the migrations 3.1 pre and post there are workers of Procrastinate 3.0: they have no row, and their jobs
+    -- look like orphans.
+    has_nameless_workers CONSTANT boolean := to_regproc('procrastinate_fetch_job_v1') IS NOT NULL;
     grace interval;
     demands_live_worker boolean;
 BEGIN
@@ -316,7 +319,7 @@ BEGIN
         SELECT dated.*,
                CASE
                    WHEN by_rules THEN
-                       CASE WHEN heartbeat_timeout IS NOT NULL THEN greatest(
+                       CASE WHEN heartbeat_timeout IS NOT NULL AND (worker_id IS NOT NULL OR NOT has_nameless_workers) THEN greatest(
                            silent_since + heartbeat_timeout,
                            forgiven_until,
                            -- Not for who was overdue before all fell silent.
@@ -482,6 +485,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.get_stalled_jobs(
     SET search_path FROM CURRENT
 AS $$
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT judged.id,
                judged.queue_name,

@@ -81,6 +81,8 @@ BEGIN
     END IF;
 
     evidence := CASE
+        WHEN judged.reason IS NULL AND judged.worker_id IS NULL AND judged.heartbeat_timeout IS NOT NULL THEN
+            'it names no worker, and those of Procrastinate 3.0, which never do, may still run (procrastinate_fetch_job_v1 is there until the migration 3.1 post)'
         WHEN judged.reason = 'run_timeout' THEN
             format('it has run for %s', procrastinate_stalled._in_words(now() - greatest(judged.started_at, 'epoch')))
         WHEN judged.worker_id IS NULL AND judged.seen_at IS NULL THEN
@@ -102,7 +104,7 @@ BEGIN
         WHEN judged.reason = 'run_timeout' THEN
             format('%s allows %s', rule_name, procrastinate_stalled._in_words(judged.run_timeout))
         WHEN judged.reason IS NULL THEN
-            format('%s sets no limit', rule_name)
+            format('%s sets no %slimit', rule_name, CASE WHEN judged.heartbeat_timeout IS NOT NULL THEN 'other ' ELSE '' END)
         WHEN judged.stalled_at = judged.forgiven_until THEN
             format(
                 '%sthe server became available at %s; %s waits %s from then%s',
@@ -227,6 +229,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.explain_jobs(
     SET search_path FROM CURRENT
 AS $$
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT explained.*
             -- The others are judged too, because one of them may have the same queueing lock.
@@ -268,6 +271,7 @@ BEGIN
             HINT = 'All jobs in doing: SELECT * FROM procrastinate_stalled.explain_jobs();';
     END IF;
 
+    PERFORM procrastinate_stalled._require_procrastinate();
     SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts
         INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts
         FROM procrastinate_jobs AS job
@@ -328,6 +332,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.workers()
 AS $$
 #variable_conflict use_column
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT worker.id,
                worker.last_heartbeat,

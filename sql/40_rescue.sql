@@ -202,7 +202,10 @@ BEGIN
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
-            WHERE job.status = 'doing' AND job.worker_id IS NULL
+            WHERE job.status = 'doing'
+                AND job.worker_id IS NULL
+                -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
+                AND to_regproc('procrastinate_fetch_job_v1') IS NULL
         ON CONFLICT DO NOTHING;
 END;
 $$;
@@ -225,7 +228,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_job(
 AS $$
 #variable_conflict use_column
 DECLARE
-    job procrastinate_jobs;
+    job record;
     rescue procrastinate_stalled.rescues;
     violated_constraint text;
 BEGIN
@@ -242,7 +245,10 @@ BEGIN
             HINT = 'Nothing was changed. Example: SELECT * FROM procrastinate_stalled.retry_job(42);';
     END IF;
 
-    SELECT *
+    PERFORM procrastinate_stalled._require_procrastinate();
+    -- No type of Procrastinate's: expressions on it, which have no table, would be kept for this session when that is
+    -- dropped and made anew.
+    SELECT job.id, job.status::text AS status, job.queue_name::text AS queue_name, job.queueing_lock, job.worker_id, job.attempts
         INTO job
         FROM procrastinate_jobs AS job
         WHERE job.id = retry_job.job_id

@@ -6,6 +6,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._can_sweep(
 )
     RETURNS boolean
     LANGUAGE plpgsql
+    STABLE
     SET search_path FROM CURRENT
 AS $$
 BEGIN
@@ -37,8 +38,9 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_jobs_table()
     SET lock_timeout = '100ms'
 AS $$
 BEGIN
-    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job.
-    LOCK TABLE procrastinate_jobs IN ROW EXCLUSIVE MODE;
+    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job. LOCK TABLE
+    -- would need the right to update every column.
+    UPDATE procrastinate_jobs SET worker_id = NULL WHERE false;
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION USING
         ERRCODE = 'lock_not_available',
@@ -65,7 +67,15 @@ AS $$
 DECLARE
     sweep_id bigint;
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
+    -- A database that was restored from a dump of its schema alone has no rows yet.
+    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings)
+        AND has_table_privilege('procrastinate_stalled.settings', 'INSERT')
+        AND has_table_privilege('procrastinate_stalled.rules', 'INSERT')
+    THEN
+        PERFORM procrastinate_stalled._first_rows();
+    END IF;
     PERFORM procrastinate_stalled._note_orphans();
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
         SELECT count(*),
@@ -181,34 +191,39 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
 AS $$
 #variable_conflict use_column
 BEGIN
-    DELETE FROM procrastinate_stalled.rescues
-        WHERE id IN (
-            SELECT rescue.id
-                FROM procrastinate_stalled.rescues AS rescue
-                WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
-                    AND NOT EXISTS (
-                        -- It counts towards max_rescues of a job that can run again, and so can stall again.
-                        SELECT
-                            FROM procrastinate_jobs AS job
-                            WHERE rescue.action = 'retried'
-                                AND rescue.reason <> 'manual'
-                                AND job.id = rescue.job_id
-                                AND job.status IN ('todo', 'doing', 'failed')
-                    )
-                ORDER BY rescue.rescued_at
-                LIMIT 1000
-                FOR UPDATE OF rescue SKIP LOCKED
-        );
-    DELETE FROM procrastinate_stalled.sweeps
-        WHERE id IN (
-            SELECT sweep.id
-                FROM procrastinate_stalled.sweeps AS sweep
-                WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
-                    AND sweep.id <> sweep_id
-                ORDER BY sweep.started_at
-                LIMIT 1000
-                FOR UPDATE OF sweep SKIP LOCKED
-        );
+    -- Who may not delete records, as an operator, leaves that to the sweeps of others.
+    IF has_table_privilege('procrastinate_stalled.rescues', 'DELETE')
+        AND has_table_privilege('procrastinate_stalled.sweeps', 'DELETE')
+    THEN
+        DELETE FROM procrastinate_stalled.rescues
+            WHERE id IN (
+                SELECT rescue.id
+                    FROM procrastinate_stalled.rescues AS rescue
+                    WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
+                        AND NOT EXISTS (
+                            -- It counts towards max_rescues of a job that can run again, and so can stall again.
+                            SELECT
+                                FROM procrastinate_jobs AS job
+                                WHERE rescue.action = 'retried'
+                                    AND rescue.reason <> 'manual'
+                                    AND job.id = rescue.job_id
+                                    AND job.status IN ('todo', 'doing', 'failed')
+                        )
+                    ORDER BY rescue.rescued_at
+                    LIMIT 1000
+                    FOR UPDATE OF rescue SKIP LOCKED
+            );
+        DELETE FROM procrastinate_stalled.sweeps
+            WHERE id IN (
+                SELECT sweep.id
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                        AND sweep.id <> sweep_id
+                    ORDER BY sweep.started_at
+                    LIMIT 1000
+                    FOR UPDATE OF sweep SKIP LOCKED
+            );
+    END IF;
     UPDATE procrastinate_stalled.sweeps
         SET (waiting, held, held_reason) = (
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
@@ -222,7 +237,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval) IS
-    'Purges up to 1000 outdated rows each of rescues and sweeps, and closes the row of the sweep.';
+    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
 
 
 CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
@@ -230,8 +245,9 @@ CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
 )
     LANGUAGE plpgsql
 AS $$
--- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified
--- name, and a type that is a keyword.
+-- No SET clause, because a procedure that has one cannot commit; so names are looked up in the caller's search_path.
+-- Therefore everything here is a call with a qualified name, a type that is a keyword, or what plpgsql does without
+-- names (assignments, conditions, loops): no operator, no cast, no function of PostgreSQL.
 DECLARE
     sweep_id bigint;
     batch bigint[];
@@ -305,6 +321,7 @@ BEGIN
     END IF;
 
     IF coalesce(dry_run, true) THEN
+        PERFORM procrastinate_stalled._require_procrastinate();
         RETURN QUERY
             SELECT NULL::bigint,
                    now(),

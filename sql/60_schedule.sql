@@ -19,6 +19,49 @@ COMMENT ON FUNCTION procrastinate_stalled._cron_database() IS
     'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it. Empty: this role may not see it.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._job_name_elsewhere(
+    database text DEFAULT current_database()
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- pg_cron keeps one job per name and role, so the name says which database it is for. Before pg_cron 1.5 the column
+    -- takes 63 bytes, and cuts off what is longer.
+    RETURN 'procrastinate_stalled ' || CASE
+        WHEN octet_length(database) > 41 THEN hashtextextended(database, 0)::text
+        ELSE database
+    END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._job_name_elsewhere(text) IS
+    'The name of the job that sweeps a database, where pg_cron lives in another one.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_login()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF NOT (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_authorization_specification',
+            MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
+            DETAIL = 'pg_cron runs a job as the role that scheduled it.',
+            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
+    END IF;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_login() IS
+    'Raises invalid_authorization_specification unless the current role can log in, as pg_cron must for it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron(
     schedule text DEFAULT '* * * * *'
 )
@@ -30,8 +73,11 @@ AS $$
 DECLARE
     cron_database text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
-        cron_database := procrastinate_stalled._cron_database();
+    cron_database := procrastinate_stalled._cron_database();
+    -- CREATE DATABASE ... TEMPLATE copies the extension too, but pg_cron does not read what is in the copy.
+    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron')
+        OR nullif(cron_database, '') <> current_database()
+    THEN
         IF cron_database IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
@@ -52,10 +98,11 @@ BEGIN
                     WHEN '' THEN 'It lives in the database that cron.database_name says, which this role may not see.'
                     ELSE format('On this server it lives in database "%s" (cron.database_name).', cron_database)
                 END,
-                -- pg_cron keeps one job per name and role, so the name says which database it is for.
                 HINT = format(
-                    'There, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
-                    'procrastinate_stalled ' || current_database(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
+                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+                    CASE WHEN schedule <> '* * * * *' THEN format(' %L', schedule) ELSE '' END,
+                    CASE WHEN cron_database = '' THEN '...' WHEN cron_database ~ '^\w+$' THEN cron_database ELSE quote_literal(cron_database) END,
+                    procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
                     current_database(), 'CALL procrastinate_stalled.sweep()'
                 );
         END IF;
@@ -75,6 +122,112 @@ COMMENT ON FUNCTION procrastinate_stalled._require_pg_cron(text) IS
     'Raises object_not_in_prerequisite_state or insufficient_privilege, with the way out, unless this role can use pg_cron in this database.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._cron_jobs()
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(jsonb_agg(jsonb_build_object(
+                   'jobid', jobid,
+                   'jobname', jobname,
+                   'schedule', schedule,
+                   'command', command,
+                   'database', database,
+                   'username', username,
+                   'active', active,
+                   'nodeport', nodeport
+               )), '[]')
+            FROM cron.job
+            WHERE jobname LIKE 'procrastinate\_stalled%' OR command = 'CALL procrastinate_stalled.sweep()'
+    );
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._cron_jobs() IS
+    'The rows of cron.job that may have to do with procrastinate_stalled, of any database: an array of objects.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._classify_cron_jobs(
+    jobs jsonb,
+    cron_database text
+)
+    RETURNS TABLE (
+        jobid bigint,
+        schedule text,
+        command text,
+        database text,
+        username text,
+        active boolean,
+        nodeport integer,
+        last_run jsonb,
+        can_log_in boolean,
+        sweeps text
+    )
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    own_name CONSTANT text := CASE
+        WHEN cron_database = current_database() THEN 'procrastinate_stalled'
+        ELSE procrastinate_stalled._job_name_elsewhere()
+    END;
+BEGIN
+    RETURN QUERY
+        SELECT job.jobid,
+               job.schedule,
+               job.command,
+               job.database,
+               job.username,
+               job.active,
+               job.nodeport,
+               job.last_run,
+               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username),
+               CASE
+                   WHEN job.database <> current_database() THEN CASE
+                       WHEN EXISTS (SELECT FROM pg_database WHERE datname = job.database) THEN
+                           CASE WHEN job.jobname = own_name THEN 'another' ELSE 'not ours' END
+                       WHEN job.jobname = own_name THEN 'lost'
+                       ELSE 'nothing'
+                   END
+                   WHEN job.jobname IN ('procrastinate_stalled', procrastinate_stalled._job_name_elsewhere())
+                       OR job.command = 'CALL procrastinate_stalled.sweep()'
+                   THEN 'this'
+                   ELSE 'not ours'
+               END
+            FROM jsonb_to_recordset(jobs) AS job (
+                jobid bigint,
+                jobname text,
+                schedule text,
+                command text,
+                database text,
+                username text,
+                active boolean,
+                nodeport integer,
+                last_run jsonb
+            )
+            ORDER BY job.active DESC, job.jobid;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._classify_cron_jobs(jsonb, text) IS
+$$Says which database each of some pg_cron jobs sweeps; active ones first.
+
+Arguments:
+  jobs           as _cron_jobs() returns them
+  cron_database  the database in which they were read
+Returns sweeps, besides columns of cron.job and whether the role can log in:
+  this      this database
+  another   it has the name of the job for this database, but sweeps another one
+  lost      the same, and that other database does not exist: this one was renamed, or restored from a dump
+  nothing   it has another name, and sweeps a database that does not exist
+  not ours  none of these$$;
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled.schedule(
     schedule text DEFAULT '* * * * *'
 )
@@ -89,31 +242,33 @@ DECLARE
     existing record;
 BEGIN
     PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
+    PERFORM procrastinate_stalled._require_login();
 
-    IF NOT (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_authorization_specification',
-            MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
-            DETAIL = 'pg_cron runs a job as the role that scheduled it.',
-            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
-    END IF;
-
-    SELECT jobid, job.schedule, job.command, database, active
+    SELECT jobid, job.schedule, job.command, database, active, nodeport
         INTO existing
         FROM cron.job AS job
         WHERE jobname = 'procrastinate_stalled' AND username = current_user;
-    IF existing.database <> current_database() THEN
+    -- Where that database does not exist, this one was renamed or restored from a dump, which has pg_cron's jobs in it.
+    IF existing.database <> current_database()
+        AND EXISTS (SELECT FROM pg_database WHERE datname = existing.database)
+    THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
             MESSAGE = format('role "%s" has a pg_cron job "procrastinate_stalled" for another database', current_user),
             DETAIL = format('Job %s sweeps database "%s"; pg_cron keeps one job per name and role.', existing.jobid, existing.database),
-            HINT = 'Schedule one of the two databases as another role.';
+            HINT = format('If it shall not do that: SELECT cron.unschedule(%s); and then schedule again. Otherwise schedule one of the two databases as another role.', existing.jobid);
     END IF;
-    IF existing.schedule = schedule.schedule AND existing.command = command AND existing.active THEN
+    IF existing.schedule = schedule.schedule
+        AND existing.command = command
+        AND existing.database = current_database()
+        AND existing.nodeport = current_setting('port')::integer
+        AND existing.active
+    THEN
         RETURN existing.jobid;
     END IF;
 
-    -- cron.schedule keeps an existing job as inactive as it was, and only a superuser may call cron.alter_job.
+    -- cron.schedule leaves an existing job inactive, and in the database and on the port that it had. Only a superuser may
+    -- call cron.alter_job.
     IF existing.jobid IS NOT NULL THEN
         PERFORM cron.unschedule(existing.jobid);
     END IF;
@@ -131,7 +286,8 @@ $$;
 
 COMMENT ON FUNCTION procrastinate_stalled.schedule(text) IS
 $$Lets pg_cron run CALL procrastinate_stalled.sweep() as the current role in this database. Idempotent: it changes the
-schedule of the existing job, or activates it again. Takes effect when the transaction commits.
+schedule of the existing job, or activates it again. A job that has come here with a dump, or is for the former name of
+this database, is set right. Takes effect when the transaction commits.
 
 Argument:
   schedule  five fields as in crontab; with pg_cron 1.5 or later also '1 second' to '59 seconds'
@@ -160,7 +316,9 @@ BEGIN
 
     PERFORM procrastinate_stalled._require_pg_cron();
     FOR existing IN
-        SELECT jobid FROM cron.job WHERE jobname = 'procrastinate_stalled' AND database = current_database()
+        SELECT jobid
+            FROM procrastinate_stalled._classify_cron_jobs(procrastinate_stalled._cron_jobs(), current_database())
+            WHERE sweeps IN ('this', 'lost')
     LOOP
         removed := cron.unschedule(existing);
     END LOOP;
@@ -169,7 +327,8 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled.unschedule() IS
-$$Removes the pg_cron job that sweeps this database: the current role's; called by a superuser, everybody's.
+$$Removes the pg_cron job that sweeps this database, or did so under its former name: the current role's; called by a
+superuser, everybody's.
 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),

@@ -60,8 +60,10 @@ AS $$
 #variable_conflict use_column
 DECLARE
     begin_at CONSTANT timestamp with time zone := coalesce(since, now() - interval '7 days');
-    first_id CONSTANT bigint := procrastinate_stalled._first_event_since(begin_at);
+    first_id bigint;
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
+    first_id := procrastinate_stalled._first_event_since(begin_at);
     RETURN QUERY
     WITH event AS (
         SELECT event.job_id,

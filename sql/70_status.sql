@@ -1,19 +1,5 @@
 -- The health of the whole, for people and monitors.
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled.version()
-    RETURNS text
-    LANGUAGE plpgsql
-    IMMUTABLE
-    SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN '0.1.0';
-END;
-$$;
-
-COMMENT ON FUNCTION procrastinate_stalled.version() IS 'The version of procrastinate_stalled that is installed in this database.';
-
-
 CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
     RETURNS TABLE (
         name text,
@@ -29,24 +15,32 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
 AS $$
 #variable_conflict use_column
 DECLARE
-    rights CONSTANT text := format(
-        'As the owner: GRANT USAGE ON SCHEMA procrastinate_stalled TO %1$I; GRANT SELECT ON ALL TABLES IN SCHEMA procrastinate_stalled TO %1$I; GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA procrastinate_stalled TO %1$I; and SELECT on Procrastinate''s tables.',
-        current_user
-    );
+    rights CONSTANT text := format('As the owner: SELECT procrastinate_stalled.grant_monitor(%L);', current_user);
     damaged CONSTANT text := 'The installation is damaged. To make it anew, without its rules and records: procrastinate-stalled uninstall && procrastinate-stalled install';
     sweeping_role text := current_user::text;
+    -- What the command line has read in the database of pg_cron, if that is another one: an object with the keys database,
+    -- role, and jobs, as _cron_jobs() returns them, each with its last_run; or problem and hint.
+    elsewhere jsonb;
+    cron_jobs jsonb;
+    cron_database text;
+    there text := '';
+    remedy text := 'SELECT procrastinate_stalled.schedule();';
     cron_job_id bigint;
     cron_job record;
+    astray record;
+    astray_job_id bigint;
     cron_run record;
     last_sweep record;
     facts record;
 BEGIN
     name := 'procrastinate';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         -- No row is read: it is only asked whether this role may.
         PERFORM FROM procrastinate_jobs, procrastinate_workers, procrastinate_events LIMIT 0;
         SELECT relnamespace::regnamespace AS schema,
                to_regclass('procrastinate_jobs_lock_idx_v1') IS NOT NULL AS has_index,
+               to_regproc('procrastinate_fetch_job_v1') IS NOT NULL AS has_nameless_workers,
                to_regproc('procrastinate_retry_job_v2') IS NOT NULL AS can_retry_failed,
                to_regproc('procrastinate_defer_jobs_v1') IS NOT NULL AS can_defer_many
             INTO facts
@@ -57,7 +51,11 @@ BEGIN
             WHEN facts.can_defer_many THEN '3.2 or 3.3'
             ELSE '3.1'
         END);
-        IF facts.has_index THEN
+        IF facts.has_nameless_workers THEN
+            level := 'warning';
+            detail := detail || '; its function procrastinate_fetch_job_v1 is still there: workers of 3.0 may run, whose jobs look like orphans, so no orphan counts as stalled';
+            hint := 'When no worker of Procrastinate 3.0 runs any more: apply its migration 3.1 post.';
+        ELSIF facts.has_index THEN
             level := 'ok';
             hint := NULL;
         ELSE
@@ -67,42 +65,82 @@ BEGIN
         END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
-        detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
+        GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+        detail := concat_ws('. ', SQLERRM, nullif(detail, ''));
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE coalesce(nullif(hint, ''), 'Apply Procrastinate''s schema.') END;
     END;
     RETURN NEXT;
 
     name := 'schedule';
     BEGIN
-        PERFORM procrastinate_stalled._require_pg_cron();
-        SELECT job.jobid,
-               job.schedule,
-               job.active,
-               job.username,
-               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username) AS can_log_in
+        elsewhere := nullif(current_setting('procrastinate_stalled.cron_elsewhere', true), '')::jsonb;
+        IF elsewhere IS NULL THEN
+            PERFORM procrastinate_stalled._require_pg_cron();
+            cron_jobs := procrastinate_stalled._cron_jobs();
+        ELSIF elsewhere ? 'problem' THEN
+            RAISE EXCEPTION USING MESSAGE = elsewhere ->> 'problem', HINT = coalesce(elsewhere ->> 'hint', '');
+        ELSE
+            cron_jobs := elsewhere -> 'jobs';
+            there := format(' in database "%s"', elsewhere ->> 'database');
+            remedy := 'procrastinate-stalled schedule --cron-database ...';
+        END IF;
+        cron_database := coalesce(elsewhere ->> 'database', current_database());
+        SELECT *
             INTO cron_job
-            FROM cron.job AS job
-            WHERE job.jobname = 'procrastinate_stalled' AND job.database = current_database()
-            ORDER BY job.active DESC, job.jobid
+            FROM procrastinate_stalled._classify_cron_jobs(cron_jobs, cron_database)
+            WHERE sweeps = 'this'
+            LIMIT 1;
+        SELECT *
+            INTO astray
+            FROM procrastinate_stalled._classify_cron_jobs(cron_jobs, cron_database)
+            WHERE sweeps IN ('lost', 'nothing') AND active OR sweeps IN ('lost', 'another') AND cron_job.jobid IS NULL
+            ORDER BY sweeps = 'nothing'
             LIMIT 1;
         cron_job_id := cron_job.jobid;
+        astray_job_id := astray.jobid;
         sweeping_role := coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = cron_job.username), sweeping_role);
-        IF cron_job_id IS NULL THEN
+        IF cron_job_id IS NULL AND coalesce(astray.sweeps, 'nothing') = 'nothing' THEN
             level := 'warning';
-            detail := 'pg_cron has no job "procrastinate_stalled" that this role can see';
-            hint := 'SELECT procrastinate_stalled.schedule();';
+            detail := CASE
+                WHEN elsewhere IS NULL THEN 'pg_cron has no job "procrastinate_stalled" that this role can see'
+                ELSE format('pg_cron%s has no job for database "%s" that role %s can see', there, current_database(), elsewhere ->> 'role')
+            END;
+            hint := remedy;
+        ELSIF cron_job_id IS NULL THEN
+            level := 'warning';
+            detail := format('this database, "%s", is not swept by pg_cron', current_database());
+            hint := CASE astray.sweeps
+                WHEN 'lost' THEN format('If it was renamed, or restored from a dump: %s lets the job sweep it, if called as role %s.', remedy, astray.username)
+                ELSE format('If the job shall not do that: SELECT cron.unschedule(%s);%s and then %s Otherwise schedule one of the two databases as another role.', astray.jobid, there, remedy)
+            END;
         ELSIF NOT cron_job.active THEN
             level := 'error';
-            detail := format('pg_cron job %s of role %s is not active', cron_job.jobid, cron_job.username);
-            hint := 'SELECT procrastinate_stalled.schedule(); activates it again.';
+            detail := format('pg_cron job %s%s of role %s is not active', cron_job.jobid, there, cron_job.username);
+            hint := remedy || ' activates it again.';
         ELSIF cron_job.can_log_in IS NOT TRUE THEN
             level := 'error';
-            detail := format('pg_cron job %s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, cron_job.username);
+            detail := format('pg_cron job %s%s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, there, cron_job.username);
             hint := format('ALTER ROLE %I LOGIN; or unschedule it, and schedule it as another role.', cron_job.username);
+        ELSIF cron_job.command NOT LIKE '%procrastinate_stalled.sweep(%' THEN
+            level := 'error';
+            detail := format('pg_cron job %s%s of role %s does not sweep; it runs: %s', cron_job.jobid, there, cron_job.username, cron_job.command);
+            hint := remedy || ' sets it right.';
+        ELSIF cron_job.nodeport <> current_setting('port')::integer THEN
+            level := 'warning';
+            detail := format('pg_cron job %s%s is for the server on port %s, and this one has port %s: unless pg_cron uses background workers, it sweeps that one', cron_job.jobid, there, cron_job.nodeport, current_setting('port'));
+            hint := format('If this is a copy of that server: %s lets the job sweep this one, if called as role %s.', remedy, cron_job.username);
         ELSE
             level := 'ok';
-            detail := format('pg_cron job %s, "%s", as role %s', cron_job.jobid, cron_job.schedule, cron_job.username);
+            detail := format('pg_cron job %s%s, "%s", as role %s', cron_job.jobid, there, cron_job.schedule, cron_job.username);
             hint := NULL;
+        END IF;
+        IF astray_job_id IS NOT NULL THEN
+            level := CASE level WHEN 'error' THEN 'error' ELSE 'warning' END;
+            detail := format('%s; pg_cron job %s%s of role %s sweeps database "%s"', detail, astray.jobid, there, astray.username, astray.database)
+                || CASE WHEN astray.sweeps <> 'another' THEN ', which does not exist' ELSE '' END;
+            IF astray.sweeps <> 'another' THEN
+                hint := concat_ws(' ', hint, format('To end it: SELECT cron.unschedule(%s);%s', astray.jobid, there));
+            END IF;
         END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'warning';
@@ -111,7 +149,7 @@ BEGIN
         hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
-        IF level = 'warning' AND (
+        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND (
             SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at > now() - interval '1 hour'
         ) THEN
             level := 'ok';
@@ -126,12 +164,18 @@ BEGIN
     IF cron_job_id IS NOT NULL THEN
         name := 'last_run';
         BEGIN
-            SELECT status, return_message, coalesce(end_time, start_time) AS at
-                INTO cron_run
-                FROM cron.job_run_details
-                WHERE jobid = cron_job_id AND status IN ('succeeded', 'failed')
-                ORDER BY runid DESC
-                LIMIT 1;
+            IF elsewhere IS NULL THEN
+                SELECT status, return_message, coalesce(end_time, start_time) AS at
+                    INTO cron_run
+                    FROM cron.job_run_details
+                    WHERE jobid = cron_job_id AND status IN ('succeeded', 'failed')
+                    ORDER BY runid DESC
+                    LIMIT 1;
+            ELSE
+                SELECT *
+                    INTO cron_run
+                    FROM jsonb_to_record(cron_job.last_run) AS run (status text, return_message text, at timestamp with time zone);
+            END IF;
             IF cron_run.status IS NULL THEN
                 level := 'warning';
                 detail := 'pg_cron has not run the job yet';
@@ -240,12 +284,13 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
     name := 'jobs';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
                count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
                count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
@@ -277,12 +322,13 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
     name := 'given_up';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         SELECT count(*) AS jobs,
                min(id) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old_id,
                string_agg(
@@ -306,7 +352,7 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
@@ -363,6 +409,7 @@ BEGIN
 
     name := 'false_rescues';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         WITH mistake AS (
             SELECT coalesce('rule "' || rescue.rule_name || '"', 'retry_job()') AS culprit, count(*) AS number
                 FROM procrastinate_stalled._false_rescues(now() - interval '7 days') AS rescue
@@ -386,7 +433,7 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 END;

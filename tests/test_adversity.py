@@ -161,7 +161,7 @@ def test_megabytes_of_args_do_not_matter_to_a_sweep(connection: Connection) -> N
 
 
 def test_the_migration_refuses_to_run_outside_of_a_transaction(procrastinate_database: str) -> None:
-    migration = PROJECT / "sql/migrations/procrastinate_stalled_0001_initial.sql"
+    migration = PROJECT / "sql/migrations/procrastinate_stalled_0001_0.1.0.sql"
     with psycopg.connect(procrastinate_database, autocommit=True) as connection:
         statements = migration.read_text().split("$$;\n", 2)
         connection.execute(f"{statements[0]}$$;".encode())

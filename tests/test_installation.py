@@ -19,13 +19,13 @@ from port_for import get_port
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from yoyo.migrations import read_sql_migration  # type: ignore[import-untyped]
 
-from procrastinate_stalled import Stalled, install, migrations_sql, uninstall
+from procrastinate_stalled import Stalled, install, psql_script, uninstall
 from tests.jobs import add_stalled_job, add_worker, pretend_old_server
 from tests.server import PROJECT, Server, install_procrastinate
 from tests.wait import wait_until
 
 MIGRATIONS = sorted(PROJECT.glob("sql/migrations/*.sql"))
-FIRST = "procrastinate_stalled_0001_initial"
+FIRST = "procrastinate_stalled_0001_0.1.0"
 
 
 def postgresql_program(name: str) -> str:
@@ -167,20 +167,20 @@ def test_the_script_for_psql_makes_the_same_schema(server: Server, procrastinate
     install(procrastinate_database)
 
     with server.database("procrastinate") as other:
-        psql(other, migrations_sql())
+        psql(other, psql_script())
         assert dump_ours(other) == dump_ours(procrastinate_database)
 
 
 def test_the_script_for_psql_leaves_nothing_when_it_fails(empty_database: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as error:
-        psql(empty_database, migrations_sql())
+        psql(empty_database, psql_script())
 
     assert "Procrastinate is not installed" in error.value.stderr
     assert not is_installed(empty_database)
 
 
 def test_an_install_takes_over_a_schema_that_psql_made_and_keeps_its_rows(procrastinate_database: str) -> None:
-    psql(procrastinate_database, migrations_sql())
+    psql(procrastinate_database, psql_script())
     with psycopg.connect(procrastinate_database, autocommit=True) as connection:
         connection.execute("DELETE FROM procrastinate_stalled.rules")
         connection.execute("INSERT INTO procrastinate_stalled.rules (name, queue_name) VALUES ('mine', 'emails')")
@@ -196,7 +196,7 @@ def test_an_install_takes_over_a_schema_that_psql_made_and_keeps_its_rows(procra
 
 def test_an_uninstall_removes_what_psql_installed(procrastinate_database: str) -> None:
     before = dump(procrastinate_database)
-    psql(procrastinate_database, migrations_sql())
+    psql(procrastinate_database, psql_script())
 
     assert uninstall(procrastinate_database) is True
 

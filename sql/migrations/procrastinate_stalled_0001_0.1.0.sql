@@ -4,18 +4,102 @@
 -- pins search_path for the rest of the transaction; each function below keeps that value (SET search_path FROM
 -- CURRENT), because Procrastinate's triggers and functions call each other by unqualified names.
 
+-- The one thing that depends on the caller's search_path: of several Procrastinates, which one is meant. From here on
+-- nobody's objects but PostgreSQL's are found.
+DO $$
+BEGIN
+    PERFORM pg_catalog.set_config('procrastinate_stalled.found_by_path', coalesce(pg_catalog.to_regclass('procrastinate_jobs')::pg_catalog.oid::pg_catalog.text, ''), true);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+END;
+$$;
+
+DO $$
+BEGIN
+    IF pg_catalog.current_setting('search_path') OPERATOR(pg_catalog.<>) 'pg_catalog, pg_temp' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'no_active_sql_transaction',
+            MESSAGE = 'this script must run in one transaction',
+            DETAIL = 'The search_path that was set for one transaction is gone, and so that has ended.',
+            HINT = 'psql --single-transaction --set ON_ERROR_STOP=1 --file ...; or: procrastinate-stalled install';
+    END IF;
+END;
+$$;
+
 DO $$
 DECLARE
     wanted_schema CONSTANT text := nullif(current_setting('procrastinate_stalled.procrastinate_schema', true), '');
+    found_by_path CONSTANT oid := nullif(current_setting('procrastinate_stalled.found_by_path', true), '')::oid;
+    extension CONSTANT pg_extension := (SELECT extension FROM pg_extension AS extension WHERE extname = 'procrastinate_stalled');
+    present_owner CONSTANT pg_roles := (
+        SELECT role
+            FROM pg_namespace
+            JOIN pg_roles AS role ON role.oid = nspowner
+            WHERE nspname = 'procrastinate_stalled'
+    );
+    -- Where the functions that are there already look for Procrastinate.
+    present_schema CONSTANT text := (
+        SELECT namespace.nspname
+            FROM pg_proc
+            CROSS JOIN unnest(proconfig) AS setting
+            JOIN pg_namespace AS namespace ON setting = format('search_path=pg_catalog, %I, pg_temp', namespace.nspname)
+            WHERE pg_proc.oid = to_regprocedure('procrastinate_stalled.version()')
+    );
+    as_extension boolean;
+    restoring boolean;
     procrastinate_schema text;
     procrastinate_schemas text[];
+    procrastinate_owners text[];
 BEGIN
+    -- Is this CREATE EXTENSION or ALTER EXTENSION? Outside of them this function is refused; inside, it finds no table 0.
+    BEGIN
+        PERFORM pg_extension_config_dump(0, '');
+    EXCEPTION
+        WHEN feature_not_supported THEN
+            as_extension := false;
+        WHEN undefined_table THEN
+            as_extension := true;
+    END;
+    PERFORM set_config('procrastinate_stalled.as_extension', as_extension::text, true);
+
+    IF extension.oid IS NOT NULL AND NOT as_extension THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('procrastinate_stalled is installed as an extension in database "%s"', current_database()),
+            DETAIL = format('It has version %s. Only CREATE, ALTER and DROP EXTENSION change what belongs to an extension.', extension.extversion),
+            HINT = 'Nothing was changed. To bring it up to date: ALTER EXTENSION procrastinate_stalled UPDATE; To install it another way, without its rules and records: DROP EXTENSION procrastinate_stalled; first.';
+    ELSIF as_extension AND present_owner.oid IS NOT NULL AND NOT EXISTS (
+        SELECT
+            FROM pg_depend
+            WHERE classid = 'pg_namespace'::regclass
+                AND objid = to_regnamespace('procrastinate_stalled')
+                AND refclassid = 'pg_extension'::regclass
+                AND refobjid = extension.oid
+                AND deptype = 'e'
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('procrastinate_stalled is already installed in database "%s", and not as an extension', current_database()),
+            DETAIL = format('There is a schema "procrastinate_stalled" of role "%s", made by its migrations or its script.', present_owner.rolname),
+            HINT = 'Nothing was changed. To bring it up to date the way it was installed: procrastinate-stalled install. To have it as an extension, without its rules and records: procrastinate-stalled uninstall; first.';
+    END IF;
+
     -- The catalog is asked and not the search_path: CREATE EXTENSION replaces the path.
-    SELECT array_agg(namespace.nspname ORDER BY namespace.nspname)
-        INTO procrastinate_schemas
-        FROM pg_catalog.pg_class AS class
-        JOIN pg_catalog.pg_namespace AS namespace ON namespace.oid = class.relnamespace
-        WHERE class.relname = 'procrastinate_jobs' AND class.relkind IN ('r', 'p');
+    SELECT array_agg(namespace.nspname ORDER BY namespace.nspname),
+           array_agg(DISTINCT pg_get_userbyid(class.relowner))
+        INTO procrastinate_schemas, procrastinate_owners
+        FROM pg_class AS class
+        JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+        WHERE class.relname = 'procrastinate_jobs' AND class.relkind IN ('r', 'p') AND class.relpersistence <> 't';
+
+    -- A dump creates extensions before tables: Procrastinate, and our own rows, come later. pg_dump and pg_restore begin
+    -- with SET row_security = off, and nothing else tells a restore.
+    restoring := as_extension AND present_owner.oid IS NULL AND current_setting('row_security') = 'off';
+    PERFORM set_config('procrastinate_stalled.restoring', restoring::text, true);
+    IF restoring THEN
+        procrastinate_schema := coalesce(wanted_schema, procrastinate_schemas[1], 'public');
+        PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
+        RETURN;
+    END IF;
 
     IF procrastinate_schemas IS NULL THEN
         RAISE EXCEPTION USING
@@ -37,18 +121,25 @@ BEGIN
         procrastinate_schema := wanted_schema;
     ELSIF cardinality(procrastinate_schemas) = 1 THEN
         procrastinate_schema := procrastinate_schemas[1];
+    ELSIF present_schema = ANY (procrastinate_schemas) AND present_owner.rolname = current_user THEN
+        procrastinate_schema := present_schema;
     ELSE
         SELECT namespace.nspname
             INTO procrastinate_schema
-            FROM pg_catalog.pg_class AS class
-            JOIN pg_catalog.pg_namespace AS namespace ON namespace.oid = class.relnamespace
-            WHERE class.oid = to_regclass('procrastinate_jobs');
+            FROM pg_class AS class
+            JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+            WHERE class.oid = found_by_path
+                AND namespace.nspname = ANY (procrastinate_schemas)
+                -- Not a table that somebody else put into the path: his triggers would run with the rights of our callers.
+                AND (cardinality(procrastinate_owners) = 1 OR class.relowner = current_user::regrole);
         IF procrastinate_schema IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'invalid_schema_name',
                 MESSAGE = format('several schemas of database "%s" hold a Procrastinate', current_database()),
-                DETAIL = format('The table "procrastinate_jobs" is in: %s. None of them is in the search_path.',
-                    array_to_string(procrastinate_schemas, ', ')),
+                DETAIL = format('The table "procrastinate_jobs" is in: %s. None of them is in the search_path', array_to_string(procrastinate_schemas, ', '))
+                    || CASE cardinality(procrastinate_owners) WHEN 1 THEN '.' ELSE format(
+                        ' and yours; the owners are: %s.', array_to_string(procrastinate_owners, ', ')
+                    ) END,
                 HINT = 'Name one and install again. In the shell: export PGOPTIONS="-c procrastinate_stalled.procrastinate_schema=..."; in psql: SET procrastinate_stalled.procrastinate_schema = ''...'';';
         END IF;
     END IF;
@@ -65,7 +156,7 @@ BEGIN
     END IF;
 
     IF NOT EXISTS (
-        SELECT FROM pg_catalog.pg_attribute
+        SELECT FROM pg_attribute
         WHERE attrelid = to_regclass(format('%I.procrastinate_jobs', procrastinate_schema))
             AND attname = 'worker_id'
             AND NOT attisdropped
@@ -78,14 +169,30 @@ BEGIN
             HINT = 'Upgrade to Procrastinate 3.1 or later and apply its migrations (pre and post) first.';
     END IF;
 
-    IF to_regnamespace('procrastinate_stalled') IS NULL
-        AND NOT has_database_privilege(current_database(), 'CREATE')
-    THEN
+    IF present_owner.oid IS NULL AND NOT has_database_privilege(current_database(), 'CREATE') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role "%s" may not create a schema in database "%s"', current_user, current_database()),
             DETAIL = 'Everything of procrastinate_stalled lives in one schema of that name.',
             HINT = format('As the owner of the database: GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user);
+    END IF;
+
+    -- What is in a schema of that name is about to be called. Who may create schemas could have made it first, with code of
+    -- his own in it. Who owns Procrastinate's tables needs no such trick.
+    IF NOT (
+        present_owner.rolname = current_user
+        OR present_owner.rolsuper
+        OR present_owner.oid = (
+            SELECT relowner
+                FROM pg_class
+                WHERE pg_class.oid = to_regclass(format('%I.procrastinate_jobs', procrastinate_schema))
+        )
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('schema "procrastinate_stalled" belongs to role "%s"', present_owner.rolname),
+            DETAIL = format('Neither you nor the owner of "%s.procrastinate_jobs" made it. Code of that role would run with your rights.', procrastinate_schema),
+            HINT = format('Nothing was changed. Look at what is in it. Then drop it, or install as its owner: SET ROLE %I;', present_owner.rolname);
     END IF;
 
     PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
@@ -94,12 +201,9 @@ $$;
 
 DO $$
 BEGIN
-    IF current_setting('search_path') NOT LIKE 'pg_catalog, %, pg_temp' THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'no_active_sql_transaction',
-            MESSAGE = 'this script must run in one transaction',
-            DETAIL = 'The search_path that its functions keep was set for one transaction, and that has ended.',
-            HINT = 'psql --single-transaction --set ON_ERROR_STOP=1 --file ...; or: procrastinate-stalled install';
+    PERFORM set_config('procrastinate_stalled.present_version', '', true);
+    IF to_regprocedure('procrastinate_stalled.version()') IS NOT NULL THEN
+        PERFORM set_config('procrastinate_stalled.present_version', procrastinate_stalled.version(), true);
     END IF;
 END;
 $$;
@@ -108,6 +212,155 @@ CREATE SCHEMA IF NOT EXISTS procrastinate_stalled;
 
 COMMENT ON SCHEMA procrastinate_stalled IS
     'Finds the stalled jobs of Procrastinate (status doing, worker dead) and retries them. Start with: SELECT * FROM procrastinate_stalled.status();';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.version()
+    RETURNS text
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN '0.1.0';
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.version() IS 'The version of procrastinate_stalled that is installed in this database.';
+
+DO $$
+DECLARE
+    present_version CONSTANT text := nullif(current_setting('procrastinate_stalled.present_version'), '');
+BEGIN
+    IF string_to_array(present_version, '.')::integer[] > string_to_array(procrastinate_stalled.version(), '.')::integer[] THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('procrastinate_stalled %s is installed in database "%s"', present_version, current_database()),
+            DETAIL = format('This is the older version %s.', procrastinate_stalled.version()),
+            HINT = 'Nothing was changed. Upgrade the package: pip install --upgrade procrastinate-stalled. If you use the command yoyo and the newer version came another way: yoyo mark, instead of yoyo apply.';
+    END IF;
+END;
+$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_procrastinate()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    schema CONSTANT text := substring(current_setting('search_path') FROM '^pg_catalog, (.*), pg_temp$');
+    missing text;
+    elsewhere text;
+BEGIN
+    IF to_regclass('procrastinate_jobs') IS NOT NULL
+        AND to_regclass('procrastinate_workers') IS NOT NULL
+        AND to_regclass('procrastinate_events') IS NOT NULL
+        AND EXISTS (
+            SELECT
+                FROM pg_attribute
+                WHERE attrelid = to_regclass('procrastinate_jobs') AND attname = 'worker_id' AND NOT attisdropped
+        )
+    THEN
+        RETURN;
+    END IF;
+
+    IF NOT has_schema_privilege(to_regnamespace(schema), 'USAGE') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role "%s" may not use schema %s, in which Procrastinate is looked for', current_user, schema),
+            DETAIL = 'It has no USAGE on it.',
+            HINT = format('As the owner: SELECT procrastinate_stalled.grant_monitor(%L); or grant_operator.', current_user);
+    END IF;
+
+    SELECT string_agg(name, ', ')
+        INTO missing
+        FROM unnest(ARRAY['procrastinate_jobs', 'procrastinate_workers', 'procrastinate_events']) AS name
+        WHERE to_regclass(name) IS NULL;
+    SELECT min(namespace.nspname::text)
+        INTO elsewhere
+        FROM pg_class AS class
+        JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+        WHERE class.relname = 'procrastinate_jobs'
+            AND class.relkind IN ('r', 'p')
+            AND class.relpersistence <> 't'
+            AND class.oid IS DISTINCT FROM to_regclass('procrastinate_jobs');
+    RAISE EXCEPTION USING
+        ERRCODE = 'object_not_in_prerequisite_state',
+        MESSAGE = format('there is no Procrastinate 3.1 or later in schema %s', schema),
+        DETAIL = coalesce('Missing there: ' || missing || '.', 'Its procrastinate_jobs has no column worker_id.'),
+        HINT = CASE WHEN elsewhere IS NOT NULL THEN format(
+                'There is one in schema "%s". If it was moved there: SELECT procrastinate_stalled.set_procrastinate_schema(%L); Else: ', elsewhere, elsewhere
+            ) ELSE '' END
+            || 'Apply its schema if that was dropped (procrastinate --app=... schema --apply), or the migrations that it lacks. Everything here works again then, with its rules and records.';
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_procrastinate() IS
+    'Raises object_not_in_prerequisite_state, with what is missing and the way out, unless Procrastinate is in the schema that these functions look in.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.set_procrastinate_schema(
+    schema text
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '5s'
+AS $$
+DECLARE
+    missing CONSTANT text := (
+        SELECT string_agg(name, ', ')
+            FROM unnest(ARRAY['procrastinate_jobs', 'procrastinate_workers', 'procrastinate_events']) AS name
+            WHERE NOT EXISTS (
+                SELECT
+                    FROM pg_class AS class
+                    JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+                    WHERE namespace.nspname = schema AND class.relname = name AND class.relkind IN ('r', 'p')
+            )
+    );
+    owners CONSTANT text := (
+        SELECT string_agg(DISTINCT format('"%s"', pg_get_userbyid(proowner)), ', ')
+            FROM pg_proc
+            WHERE pronamespace = 'procrastinate_stalled'::regnamespace AND NOT pg_has_role(proowner, 'USAGE')
+    );
+    routine regprocedure;
+BEGIN
+    IF missing IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_schema_name',
+            MESSAGE = format('schema %s has no Procrastinate', coalesce('"' || schema || '"', 'NULL')),
+            DETAIL = format('Missing there: %s.', missing),
+            HINT = 'Nothing was changed. Where it is: SELECT schemaname FROM pg_tables WHERE tablename = ''procrastinate_jobs'';';
+    END IF;
+    IF owners IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role "%s" may not change the functions of procrastinate_stalled', current_user),
+            DETAIL = format('Their owner is %s.', owners),
+            HINT = 'Nothing was changed. Call it as the owner, or as a superuser.';
+    END IF;
+
+    FOR routine IN
+        SELECT oid::regprocedure
+            FROM pg_proc
+            WHERE pronamespace = 'procrastinate_stalled'::regnamespace
+                AND EXISTS (SELECT FROM unnest(proconfig) AS setting WHERE setting LIKE 'search\_path=%')
+            ORDER BY oid
+    LOOP
+        EXECUTE format('ALTER ROUTINE %s SET search_path = pg_catalog, %I, pg_temp', routine, schema);
+    END LOOP;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.set_procrastinate_schema(text) IS
+$$Lets all functions here look for Procrastinate in another schema: after it was moved, or after a dump of a database was
+restored in which this product is an extension. The install finds the schema by itself.
+
+Argument:
+  schema  the name of the schema, as pg_namespace has it (upper and lower case count)
+Errors, after which nothing is changed: invalid_schema_name (it has not all of procrastinate_jobs, procrastinate_workers and
+procrastinate_events), insufficient_privilege (only the owner may call it).$$;
 -- What the user sets, and what was done.
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
@@ -203,11 +456,34 @@ COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on 
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
 
--- The row of settings tells a first install: a rule "default" that the user deleted stays deleted.
-INSERT INTO procrastinate_stalled.rules (name, position, note)
-    SELECT 'default', 2147483647, 'Made by the install. Change it, or put your own rules before it.'
-    WHERE NOT EXISTS (SELECT FROM procrastinate_stalled.settings);
-INSERT INTO procrastinate_stalled.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
+CREATE OR REPLACE FUNCTION procrastinate_stalled._first_rows()
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '100ms'
+AS $$
+BEGIN
+    -- The row of settings tells a first install: a rule "default" that the user deleted stays deleted.
+    IF EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
+        RETURN;
+    END IF;
+    INSERT INTO procrastinate_stalled.rules (name, position, note)
+        VALUES ('default', 2147483647, 'Made by the install. Change it, or put your own rules before it.')
+        ON CONFLICT DO NOTHING;
+    INSERT INTO procrastinate_stalled.settings DEFAULT VALUES ON CONFLICT DO NOTHING;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._first_rows() IS
+    'Inserts the rule "default" and the row of settings, unless there are settings. Called by the install, and by sweeps for a database that was restored without its rows.';
+
+DO $$
+BEGIN
+    IF NOT current_setting('procrastinate_stalled.restoring')::boolean THEN
+        PERFORM procrastinate_stalled._first_rows();
+    END IF;
+END;
+$$;
 
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.rescues (
@@ -609,6 +885,9 @@ DECLARE
     latest_heartbeat CONSTANT timestamp with time zone := (
         SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()
     );
+    -- Between the migrations 3.1 pre and post there are workers of Procrastinate 3.0: they have no row, and their jobs
+    -- look like orphans.
+    has_nameless_workers CONSTANT boolean := to_regproc('procrastinate_fetch_job_v1') IS NOT NULL;
     grace interval;
     demands_live_worker boolean;
 BEGIN
@@ -721,7 +1000,7 @@ BEGIN
         SELECT dated.*,
                CASE
                    WHEN by_rules THEN
-                       CASE WHEN heartbeat_timeout IS NOT NULL THEN greatest(
+                       CASE WHEN heartbeat_timeout IS NOT NULL AND (worker_id IS NOT NULL OR NOT has_nameless_workers) THEN greatest(
                            silent_since + heartbeat_timeout,
                            forgiven_until,
                            -- Not for who was overdue before all fell silent.
@@ -887,6 +1166,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.get_stalled_jobs(
     SET search_path FROM CURRENT
 AS $$
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT judged.id,
                judged.queue_name,
@@ -1017,6 +1297,8 @@ BEGIN
     END IF;
 
     evidence := CASE
+        WHEN judged.reason IS NULL AND judged.worker_id IS NULL AND judged.heartbeat_timeout IS NOT NULL THEN
+            'it names no worker, and those of Procrastinate 3.0, which never do, may still run (procrastinate_fetch_job_v1 is there until the migration 3.1 post)'
         WHEN judged.reason = 'run_timeout' THEN
             format('it has run for %s', procrastinate_stalled._in_words(now() - greatest(judged.started_at, 'epoch')))
         WHEN judged.worker_id IS NULL AND judged.seen_at IS NULL THEN
@@ -1038,7 +1320,7 @@ BEGIN
         WHEN judged.reason = 'run_timeout' THEN
             format('%s allows %s', rule_name, procrastinate_stalled._in_words(judged.run_timeout))
         WHEN judged.reason IS NULL THEN
-            format('%s sets no limit', rule_name)
+            format('%s sets no %slimit', rule_name, CASE WHEN judged.heartbeat_timeout IS NOT NULL THEN 'other ' ELSE '' END)
         WHEN judged.stalled_at = judged.forgiven_until THEN
             format(
                 '%sthe server became available at %s; %s waits %s from then%s',
@@ -1163,6 +1445,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.explain_jobs(
     SET search_path FROM CURRENT
 AS $$
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT explained.*
             -- The others are judged too, because one of them may have the same queueing lock.
@@ -1204,6 +1487,7 @@ BEGIN
             HINT = 'All jobs in doing: SELECT * FROM procrastinate_stalled.explain_jobs();';
     END IF;
 
+    PERFORM procrastinate_stalled._require_procrastinate();
     SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts
         INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts
         FROM procrastinate_jobs AS job
@@ -1264,6 +1548,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.workers()
 AS $$
 #variable_conflict use_column
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     RETURN QUERY
         SELECT worker.id,
                worker.last_heartbeat,
@@ -1495,7 +1780,10 @@ BEGIN
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
-            WHERE job.status = 'doing' AND job.worker_id IS NULL
+            WHERE job.status = 'doing'
+                AND job.worker_id IS NULL
+                -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
+                AND to_regproc('procrastinate_fetch_job_v1') IS NULL
         ON CONFLICT DO NOTHING;
 END;
 $$;
@@ -1518,7 +1806,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_job(
 AS $$
 #variable_conflict use_column
 DECLARE
-    job procrastinate_jobs;
+    job record;
     rescue procrastinate_stalled.rescues;
     violated_constraint text;
 BEGIN
@@ -1535,7 +1823,10 @@ BEGIN
             HINT = 'Nothing was changed. Example: SELECT * FROM procrastinate_stalled.retry_job(42);';
     END IF;
 
-    SELECT *
+    PERFORM procrastinate_stalled._require_procrastinate();
+    -- No type of Procrastinate's: expressions on it, which have no table, would be kept for this session when that is
+    -- dropped and made anew.
+    SELECT job.id, job.status::text AS status, job.queue_name::text AS queue_name, job.queueing_lock, job.worker_id, job.attempts
         INTO job
         FROM procrastinate_jobs AS job
         WHERE job.id = retry_job.job_id
@@ -1639,6 +1930,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._can_sweep(
 )
     RETURNS boolean
     LANGUAGE plpgsql
+    STABLE
     SET search_path FROM CURRENT
 AS $$
 BEGIN
@@ -1670,8 +1962,9 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_jobs_table()
     SET lock_timeout = '100ms'
 AS $$
 BEGIN
-    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job.
-    LOCK TABLE procrastinate_jobs IN ROW EXCLUSIVE MODE;
+    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job. LOCK TABLE
+    -- would need the right to update every column.
+    UPDATE procrastinate_jobs SET worker_id = NULL WHERE false;
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION USING
         ERRCODE = 'lock_not_available',
@@ -1698,7 +1991,15 @@ AS $$
 DECLARE
     sweep_id bigint;
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
+    -- A database that was restored from a dump of its schema alone has no rows yet.
+    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings)
+        AND has_table_privilege('procrastinate_stalled.settings', 'INSERT')
+        AND has_table_privilege('procrastinate_stalled.rules', 'INSERT')
+    THEN
+        PERFORM procrastinate_stalled._first_rows();
+    END IF;
     PERFORM procrastinate_stalled._note_orphans();
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
         SELECT count(*),
@@ -1814,34 +2115,39 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
 AS $$
 #variable_conflict use_column
 BEGIN
-    DELETE FROM procrastinate_stalled.rescues
-        WHERE id IN (
-            SELECT rescue.id
-                FROM procrastinate_stalled.rescues AS rescue
-                WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
-                    AND NOT EXISTS (
-                        -- It counts towards max_rescues of a job that can run again, and so can stall again.
-                        SELECT
-                            FROM procrastinate_jobs AS job
-                            WHERE rescue.action = 'retried'
-                                AND rescue.reason <> 'manual'
-                                AND job.id = rescue.job_id
-                                AND job.status IN ('todo', 'doing', 'failed')
-                    )
-                ORDER BY rescue.rescued_at
-                LIMIT 1000
-                FOR UPDATE OF rescue SKIP LOCKED
-        );
-    DELETE FROM procrastinate_stalled.sweeps
-        WHERE id IN (
-            SELECT sweep.id
-                FROM procrastinate_stalled.sweeps AS sweep
-                WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
-                    AND sweep.id <> sweep_id
-                ORDER BY sweep.started_at
-                LIMIT 1000
-                FOR UPDATE OF sweep SKIP LOCKED
-        );
+    -- Who may not delete records, as an operator, leaves that to the sweeps of others.
+    IF has_table_privilege('procrastinate_stalled.rescues', 'DELETE')
+        AND has_table_privilege('procrastinate_stalled.sweeps', 'DELETE')
+    THEN
+        DELETE FROM procrastinate_stalled.rescues
+            WHERE id IN (
+                SELECT rescue.id
+                    FROM procrastinate_stalled.rescues AS rescue
+                    WHERE rescue.rescued_at < now() - (SELECT keep_rescues FROM procrastinate_stalled.settings)
+                        AND NOT EXISTS (
+                            -- It counts towards max_rescues of a job that can run again, and so can stall again.
+                            SELECT
+                                FROM procrastinate_jobs AS job
+                                WHERE rescue.action = 'retried'
+                                    AND rescue.reason <> 'manual'
+                                    AND job.id = rescue.job_id
+                                    AND job.status IN ('todo', 'doing', 'failed')
+                        )
+                    ORDER BY rescue.rescued_at
+                    LIMIT 1000
+                    FOR UPDATE OF rescue SKIP LOCKED
+            );
+        DELETE FROM procrastinate_stalled.sweeps
+            WHERE id IN (
+                SELECT sweep.id
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                        AND sweep.id <> sweep_id
+                    ORDER BY sweep.started_at
+                    LIMIT 1000
+                    FOR UPDATE OF sweep SKIP LOCKED
+            );
+    END IF;
     UPDATE procrastinate_stalled.sweeps
         SET (waiting, held, held_reason) = (
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
@@ -1855,7 +2161,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval) IS
-    'Purges up to 1000 outdated rows each of rescues and sweeps, and closes the row of the sweep.';
+    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
 
 
 CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
@@ -1863,8 +2169,9 @@ CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
 )
     LANGUAGE plpgsql
 AS $$
--- No SET clause, because a procedure that has one cannot commit; so everything here is a call with a qualified
--- name, and a type that is a keyword.
+-- No SET clause, because a procedure that has one cannot commit; so names are looked up in the caller's search_path.
+-- Therefore everything here is a call with a qualified name, a type that is a keyword, or what plpgsql does without
+-- names (assignments, conditions, loops): no operator, no cast, no function of PostgreSQL.
 DECLARE
     sweep_id bigint;
     batch bigint[];
@@ -1938,6 +2245,7 @@ BEGIN
     END IF;
 
     IF coalesce(dry_run, true) THEN
+        PERFORM procrastinate_stalled._require_procrastinate();
         RETURN QUERY
             SELECT NULL::bigint,
                    now(),
@@ -2182,6 +2490,49 @@ COMMENT ON FUNCTION procrastinate_stalled._cron_database() IS
     'The database that pg_cron lives in, as the server is configured. NULL: the server has not loaded it. Empty: this role may not see it.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._job_name_elsewhere(
+    database text DEFAULT current_database()
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    -- pg_cron keeps one job per name and role, so the name says which database it is for. Before pg_cron 1.5 the column
+    -- takes 63 bytes, and cuts off what is longer.
+    RETURN 'procrastinate_stalled ' || CASE
+        WHEN octet_length(database) > 41 THEN hashtextextended(database, 0)::text
+        ELSE database
+    END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._job_name_elsewhere(text) IS
+    'The name of the job that sweeps a database, where pg_cron lives in another one.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_login()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF NOT (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_authorization_specification',
+            MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
+            DETAIL = 'pg_cron runs a job as the role that scheduled it.',
+            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
+    END IF;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_login() IS
+    'Raises invalid_authorization_specification unless the current role can log in, as pg_cron must for it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._require_pg_cron(
     schedule text DEFAULT '* * * * *'
 )
@@ -2193,8 +2544,11 @@ AS $$
 DECLARE
     cron_database text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
-        cron_database := procrastinate_stalled._cron_database();
+    cron_database := procrastinate_stalled._cron_database();
+    -- CREATE DATABASE ... TEMPLATE copies the extension too, but pg_cron does not read what is in the copy.
+    IF NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron')
+        OR nullif(cron_database, '') <> current_database()
+    THEN
         IF cron_database IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'object_not_in_prerequisite_state',
@@ -2215,10 +2569,11 @@ BEGIN
                     WHEN '' THEN 'It lives in the database that cron.database_name says, which this role may not see.'
                     ELSE format('On this server it lives in database "%s" (cron.database_name).', cron_database)
                 END,
-                -- pg_cron keeps one job per name and role, so the name says which database it is for.
                 HINT = format(
-                    'There, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
-                    'procrastinate_stalled ' || current_database(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
+                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+                    CASE WHEN schedule <> '* * * * *' THEN format(' %L', schedule) ELSE '' END,
+                    CASE WHEN cron_database = '' THEN '...' WHEN cron_database ~ '^\w+$' THEN cron_database ELSE quote_literal(cron_database) END,
+                    procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
                     current_database(), 'CALL procrastinate_stalled.sweep()'
                 );
         END IF;
@@ -2238,6 +2593,112 @@ COMMENT ON FUNCTION procrastinate_stalled._require_pg_cron(text) IS
     'Raises object_not_in_prerequisite_state or insufficient_privilege, with the way out, unless this role can use pg_cron in this database.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._cron_jobs()
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(jsonb_agg(jsonb_build_object(
+                   'jobid', jobid,
+                   'jobname', jobname,
+                   'schedule', schedule,
+                   'command', command,
+                   'database', database,
+                   'username', username,
+                   'active', active,
+                   'nodeport', nodeport
+               )), '[]')
+            FROM cron.job
+            WHERE jobname LIKE 'procrastinate\_stalled%' OR command = 'CALL procrastinate_stalled.sweep()'
+    );
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._cron_jobs() IS
+    'The rows of cron.job that may have to do with procrastinate_stalled, of any database: an array of objects.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._classify_cron_jobs(
+    jobs jsonb,
+    cron_database text
+)
+    RETURNS TABLE (
+        jobid bigint,
+        schedule text,
+        command text,
+        database text,
+        username text,
+        active boolean,
+        nodeport integer,
+        last_run jsonb,
+        can_log_in boolean,
+        sweeps text
+    )
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+DECLARE
+    own_name CONSTANT text := CASE
+        WHEN cron_database = current_database() THEN 'procrastinate_stalled'
+        ELSE procrastinate_stalled._job_name_elsewhere()
+    END;
+BEGIN
+    RETURN QUERY
+        SELECT job.jobid,
+               job.schedule,
+               job.command,
+               job.database,
+               job.username,
+               job.active,
+               job.nodeport,
+               job.last_run,
+               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username),
+               CASE
+                   WHEN job.database <> current_database() THEN CASE
+                       WHEN EXISTS (SELECT FROM pg_database WHERE datname = job.database) THEN
+                           CASE WHEN job.jobname = own_name THEN 'another' ELSE 'not ours' END
+                       WHEN job.jobname = own_name THEN 'lost'
+                       ELSE 'nothing'
+                   END
+                   WHEN job.jobname IN ('procrastinate_stalled', procrastinate_stalled._job_name_elsewhere())
+                       OR job.command = 'CALL procrastinate_stalled.sweep()'
+                   THEN 'this'
+                   ELSE 'not ours'
+               END
+            FROM jsonb_to_recordset(jobs) AS job (
+                jobid bigint,
+                jobname text,
+                schedule text,
+                command text,
+                database text,
+                username text,
+                active boolean,
+                nodeport integer,
+                last_run jsonb
+            )
+            ORDER BY job.active DESC, job.jobid;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._classify_cron_jobs(jsonb, text) IS
+$$Says which database each of some pg_cron jobs sweeps; active ones first.
+
+Arguments:
+  jobs           as _cron_jobs() returns them
+  cron_database  the database in which they were read
+Returns sweeps, besides columns of cron.job and whether the role can log in:
+  this      this database
+  another   it has the name of the job for this database, but sweeps another one
+  lost      the same, and that other database does not exist: this one was renamed, or restored from a dump
+  nothing   it has another name, and sweeps a database that does not exist
+  not ours  none of these$$;
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled.schedule(
     schedule text DEFAULT '* * * * *'
 )
@@ -2252,31 +2713,33 @@ DECLARE
     existing record;
 BEGIN
     PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
+    PERFORM procrastinate_stalled._require_login();
 
-    IF NOT (SELECT rolcanlogin FROM pg_roles WHERE rolname = current_user) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_authorization_specification',
-            MESSAGE = format('role "%s" cannot log in, so every run of its job would fail', current_user),
-            DETAIL = 'pg_cron runs a job as the role that scheduled it.',
-            HINT = 'Schedule as a role that can log in (RESET ROLE), or ALTER ROLE ... LOGIN.';
-    END IF;
-
-    SELECT jobid, job.schedule, job.command, database, active
+    SELECT jobid, job.schedule, job.command, database, active, nodeport
         INTO existing
         FROM cron.job AS job
         WHERE jobname = 'procrastinate_stalled' AND username = current_user;
-    IF existing.database <> current_database() THEN
+    -- Where that database does not exist, this one was renamed or restored from a dump, which has pg_cron's jobs in it.
+    IF existing.database <> current_database()
+        AND EXISTS (SELECT FROM pg_database WHERE datname = existing.database)
+    THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
             MESSAGE = format('role "%s" has a pg_cron job "procrastinate_stalled" for another database', current_user),
             DETAIL = format('Job %s sweeps database "%s"; pg_cron keeps one job per name and role.', existing.jobid, existing.database),
-            HINT = 'Schedule one of the two databases as another role.';
+            HINT = format('If it shall not do that: SELECT cron.unschedule(%s); and then schedule again. Otherwise schedule one of the two databases as another role.', existing.jobid);
     END IF;
-    IF existing.schedule = schedule.schedule AND existing.command = command AND existing.active THEN
+    IF existing.schedule = schedule.schedule
+        AND existing.command = command
+        AND existing.database = current_database()
+        AND existing.nodeport = current_setting('port')::integer
+        AND existing.active
+    THEN
         RETURN existing.jobid;
     END IF;
 
-    -- cron.schedule keeps an existing job as inactive as it was, and only a superuser may call cron.alter_job.
+    -- cron.schedule leaves an existing job inactive, and in the database and on the port that it had. Only a superuser may
+    -- call cron.alter_job.
     IF existing.jobid IS NOT NULL THEN
         PERFORM cron.unschedule(existing.jobid);
     END IF;
@@ -2294,7 +2757,8 @@ $$;
 
 COMMENT ON FUNCTION procrastinate_stalled.schedule(text) IS
 $$Lets pg_cron run CALL procrastinate_stalled.sweep() as the current role in this database. Idempotent: it changes the
-schedule of the existing job, or activates it again. Takes effect when the transaction commits.
+schedule of the existing job, or activates it again. A job that has come here with a dump, or is for the former name of
+this database, is set right. Takes effect when the transaction commits.
 
 Argument:
   schedule  five fields as in crontab; with pg_cron 1.5 or later also '1 second' to '59 seconds'
@@ -2323,7 +2787,9 @@ BEGIN
 
     PERFORM procrastinate_stalled._require_pg_cron();
     FOR existing IN
-        SELECT jobid FROM cron.job WHERE jobname = 'procrastinate_stalled' AND database = current_database()
+        SELECT jobid
+            FROM procrastinate_stalled._classify_cron_jobs(procrastinate_stalled._cron_jobs(), current_database())
+            WHERE sweeps IN ('this', 'lost')
     LOOP
         removed := cron.unschedule(existing);
     END LOOP;
@@ -2332,7 +2798,8 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled.unschedule() IS
-$$Removes the pg_cron job that sweeps this database: the current role's; called by a superuser, everybody's.
+$$Removes the pg_cron job that sweeps this database, or did so under its former name: the current role's; called by a
+superuser, everybody's.
 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
@@ -2399,8 +2866,10 @@ AS $$
 #variable_conflict use_column
 DECLARE
     begin_at CONSTANT timestamp with time zone := coalesce(since, now() - interval '7 days');
-    first_id CONSTANT bigint := procrastinate_stalled._first_event_since(begin_at);
+    first_id bigint;
 BEGIN
+    PERFORM procrastinate_stalled._require_procrastinate();
+    first_id := procrastinate_stalled._first_event_since(begin_at);
     RETURN QUERY
     WITH event AS (
         SELECT event.job_id,
@@ -2496,20 +2965,6 @@ COMMENT ON FUNCTION procrastinate_stalled._false_rescues(timestamp with time zon
     'The retries since then whose former run finished after all: the job reached its end before its retry was started. A former run that finishes while the retry runs, or after it, leaves no trace (finish_job_v1 takes no worker).';
 -- The health of the whole, for people and monitors.
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled.version()
-    RETURNS text
-    LANGUAGE plpgsql
-    IMMUTABLE
-    SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN '0.1.0';
-END;
-$$;
-
-COMMENT ON FUNCTION procrastinate_stalled.version() IS 'The version of procrastinate_stalled that is installed in this database.';
-
-
 CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
     RETURNS TABLE (
         name text,
@@ -2525,24 +2980,32 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.status()
 AS $$
 #variable_conflict use_column
 DECLARE
-    rights CONSTANT text := format(
-        'As the owner: GRANT USAGE ON SCHEMA procrastinate_stalled TO %1$I; GRANT SELECT ON ALL TABLES IN SCHEMA procrastinate_stalled TO %1$I; GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA procrastinate_stalled TO %1$I; and SELECT on Procrastinate''s tables.',
-        current_user
-    );
+    rights CONSTANT text := format('As the owner: SELECT procrastinate_stalled.grant_monitor(%L);', current_user);
     damaged CONSTANT text := 'The installation is damaged. To make it anew, without its rules and records: procrastinate-stalled uninstall && procrastinate-stalled install';
     sweeping_role text := current_user::text;
+    -- What the command line has read in the database of pg_cron, if that is another one: an object with the keys database,
+    -- role, and jobs, as _cron_jobs() returns them, each with its last_run; or problem and hint.
+    elsewhere jsonb;
+    cron_jobs jsonb;
+    cron_database text;
+    there text := '';
+    remedy text := 'SELECT procrastinate_stalled.schedule();';
     cron_job_id bigint;
     cron_job record;
+    astray record;
+    astray_job_id bigint;
     cron_run record;
     last_sweep record;
     facts record;
 BEGIN
     name := 'procrastinate';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         -- No row is read: it is only asked whether this role may.
         PERFORM FROM procrastinate_jobs, procrastinate_workers, procrastinate_events LIMIT 0;
         SELECT relnamespace::regnamespace AS schema,
                to_regclass('procrastinate_jobs_lock_idx_v1') IS NOT NULL AS has_index,
+               to_regproc('procrastinate_fetch_job_v1') IS NOT NULL AS has_nameless_workers,
                to_regproc('procrastinate_retry_job_v2') IS NOT NULL AS can_retry_failed,
                to_regproc('procrastinate_defer_jobs_v1') IS NOT NULL AS can_defer_many
             INTO facts
@@ -2553,7 +3016,11 @@ BEGIN
             WHEN facts.can_defer_many THEN '3.2 or 3.3'
             ELSE '3.1'
         END);
-        IF facts.has_index THEN
+        IF facts.has_nameless_workers THEN
+            level := 'warning';
+            detail := detail || '; its function procrastinate_fetch_job_v1 is still there: workers of 3.0 may run, whose jobs look like orphans, so no orphan counts as stalled';
+            hint := 'When no worker of Procrastinate 3.0 runs any more: apply its migration 3.1 post.';
+        ELSIF facts.has_index THEN
             level := 'ok';
             hint := NULL;
         ELSE
@@ -2563,42 +3030,82 @@ BEGIN
         END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
-        detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
+        GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+        detail := concat_ws('. ', SQLERRM, nullif(detail, ''));
+        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE coalesce(nullif(hint, ''), 'Apply Procrastinate''s schema.') END;
     END;
     RETURN NEXT;
 
     name := 'schedule';
     BEGIN
-        PERFORM procrastinate_stalled._require_pg_cron();
-        SELECT job.jobid,
-               job.schedule,
-               job.active,
-               job.username,
-               (SELECT rolcanlogin FROM pg_roles WHERE rolname = job.username) AS can_log_in
+        elsewhere := nullif(current_setting('procrastinate_stalled.cron_elsewhere', true), '')::jsonb;
+        IF elsewhere IS NULL THEN
+            PERFORM procrastinate_stalled._require_pg_cron();
+            cron_jobs := procrastinate_stalled._cron_jobs();
+        ELSIF elsewhere ? 'problem' THEN
+            RAISE EXCEPTION USING MESSAGE = elsewhere ->> 'problem', HINT = coalesce(elsewhere ->> 'hint', '');
+        ELSE
+            cron_jobs := elsewhere -> 'jobs';
+            there := format(' in database "%s"', elsewhere ->> 'database');
+            remedy := 'procrastinate-stalled schedule --cron-database ...';
+        END IF;
+        cron_database := coalesce(elsewhere ->> 'database', current_database());
+        SELECT *
             INTO cron_job
-            FROM cron.job AS job
-            WHERE job.jobname = 'procrastinate_stalled' AND job.database = current_database()
-            ORDER BY job.active DESC, job.jobid
+            FROM procrastinate_stalled._classify_cron_jobs(cron_jobs, cron_database)
+            WHERE sweeps = 'this'
+            LIMIT 1;
+        SELECT *
+            INTO astray
+            FROM procrastinate_stalled._classify_cron_jobs(cron_jobs, cron_database)
+            WHERE sweeps IN ('lost', 'nothing') AND active OR sweeps IN ('lost', 'another') AND cron_job.jobid IS NULL
+            ORDER BY sweeps = 'nothing'
             LIMIT 1;
         cron_job_id := cron_job.jobid;
+        astray_job_id := astray.jobid;
         sweeping_role := coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = cron_job.username), sweeping_role);
-        IF cron_job_id IS NULL THEN
+        IF cron_job_id IS NULL AND coalesce(astray.sweeps, 'nothing') = 'nothing' THEN
             level := 'warning';
-            detail := 'pg_cron has no job "procrastinate_stalled" that this role can see';
-            hint := 'SELECT procrastinate_stalled.schedule();';
+            detail := CASE
+                WHEN elsewhere IS NULL THEN 'pg_cron has no job "procrastinate_stalled" that this role can see'
+                ELSE format('pg_cron%s has no job for database "%s" that role %s can see', there, current_database(), elsewhere ->> 'role')
+            END;
+            hint := remedy;
+        ELSIF cron_job_id IS NULL THEN
+            level := 'warning';
+            detail := format('this database, "%s", is not swept by pg_cron', current_database());
+            hint := CASE astray.sweeps
+                WHEN 'lost' THEN format('If it was renamed, or restored from a dump: %s lets the job sweep it, if called as role %s.', remedy, astray.username)
+                ELSE format('If the job shall not do that: SELECT cron.unschedule(%s);%s and then %s Otherwise schedule one of the two databases as another role.', astray.jobid, there, remedy)
+            END;
         ELSIF NOT cron_job.active THEN
             level := 'error';
-            detail := format('pg_cron job %s of role %s is not active', cron_job.jobid, cron_job.username);
-            hint := 'SELECT procrastinate_stalled.schedule(); activates it again.';
+            detail := format('pg_cron job %s%s of role %s is not active', cron_job.jobid, there, cron_job.username);
+            hint := remedy || ' activates it again.';
         ELSIF cron_job.can_log_in IS NOT TRUE THEN
             level := 'error';
-            detail := format('pg_cron job %s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, cron_job.username);
+            detail := format('pg_cron job %s%s runs as role %s, which cannot log in, so every run fails', cron_job.jobid, there, cron_job.username);
             hint := format('ALTER ROLE %I LOGIN; or unschedule it, and schedule it as another role.', cron_job.username);
+        ELSIF cron_job.command NOT LIKE '%procrastinate_stalled.sweep(%' THEN
+            level := 'error';
+            detail := format('pg_cron job %s%s of role %s does not sweep; it runs: %s', cron_job.jobid, there, cron_job.username, cron_job.command);
+            hint := remedy || ' sets it right.';
+        ELSIF cron_job.nodeport <> current_setting('port')::integer THEN
+            level := 'warning';
+            detail := format('pg_cron job %s%s is for the server on port %s, and this one has port %s: unless pg_cron uses background workers, it sweeps that one', cron_job.jobid, there, cron_job.nodeport, current_setting('port'));
+            hint := format('If this is a copy of that server: %s lets the job sweep this one, if called as role %s.', remedy, cron_job.username);
         ELSE
             level := 'ok';
-            detail := format('pg_cron job %s, "%s", as role %s', cron_job.jobid, cron_job.schedule, cron_job.username);
+            detail := format('pg_cron job %s%s, "%s", as role %s', cron_job.jobid, there, cron_job.schedule, cron_job.username);
             hint := NULL;
+        END IF;
+        IF astray_job_id IS NOT NULL THEN
+            level := CASE level WHEN 'error' THEN 'error' ELSE 'warning' END;
+            detail := format('%s; pg_cron job %s%s of role %s sweeps database "%s"', detail, astray.jobid, there, astray.username, astray.database)
+                || CASE WHEN astray.sweeps <> 'another' THEN ', which does not exist' ELSE '' END;
+            IF astray.sweeps <> 'another' THEN
+                hint := concat_ws(' ', hint, format('To end it: SELECT cron.unschedule(%s);%s', astray.jobid, there));
+            END IF;
         END IF;
     EXCEPTION WHEN OTHERS THEN
         level := 'warning';
@@ -2607,7 +3114,7 @@ BEGIN
         hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
-        IF level = 'warning' AND (
+        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND (
             SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at > now() - interval '1 hour'
         ) THEN
             level := 'ok';
@@ -2622,12 +3129,18 @@ BEGIN
     IF cron_job_id IS NOT NULL THEN
         name := 'last_run';
         BEGIN
-            SELECT status, return_message, coalesce(end_time, start_time) AS at
-                INTO cron_run
-                FROM cron.job_run_details
-                WHERE jobid = cron_job_id AND status IN ('succeeded', 'failed')
-                ORDER BY runid DESC
-                LIMIT 1;
+            IF elsewhere IS NULL THEN
+                SELECT status, return_message, coalesce(end_time, start_time) AS at
+                    INTO cron_run
+                    FROM cron.job_run_details
+                    WHERE jobid = cron_job_id AND status IN ('succeeded', 'failed')
+                    ORDER BY runid DESC
+                    LIMIT 1;
+            ELSE
+                SELECT *
+                    INTO cron_run
+                    FROM jsonb_to_record(cron_job.last_run) AS run (status text, return_message text, at timestamp with time zone);
+            END IF;
             IF cron_run.status IS NULL THEN
                 level := 'warning';
                 detail := 'pg_cron has not run the job yet';
@@ -2736,12 +3249,13 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema.' END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
     name := 'jobs';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
                count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
                count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
@@ -2773,12 +3287,13 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
     name := 'given_up';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         SELECT count(*) AS jobs,
                min(id) FILTER (WHERE started_at < now() - coalesce(heartbeat_timeout, '5 minutes')) AS old_id,
                string_agg(
@@ -2802,7 +3317,7 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 
@@ -2859,6 +3374,7 @@ BEGIN
 
     name := 'false_rescues';
     BEGIN
+        PERFORM procrastinate_stalled._require_procrastinate();
         WITH mistake AS (
             SELECT coalesce('rule "' || rescue.rule_name || '"', 'retry_job()') AS culprit, count(*) AS number
                 FROM procrastinate_stalled._false_rescues(now() - interval '7 days') AS rescue
@@ -2882,7 +3398,7 @@ BEGIN
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
-        hint := CASE SQLSTATE WHEN '42501' THEN rights ELSE 'Apply Procrastinate''s schema, if it is not there. ' || damaged END;
+        hint := CASE SQLSTATE WHEN '42501' THEN rights WHEN '55000' THEN 'See the row procrastinate.' ELSE damaged END;
     END;
     RETURN NEXT;
 END;
@@ -2899,7 +3415,274 @@ Returns:
   level   ok, warning or error
   detail  the fact
   hint    the remedy; NULL where all is well$$;
--- Everything runs with the rights of its caller, and nobody has any here but the owner until he grants them.
+-- Who may do what. Everything runs with the rights of its caller, and nobody has any here but the owner until he grants
+-- them. docs/privileges.md has the whole table.
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._privileges(
+    for_operator boolean
+)
+    RETURNS TABLE (
+        kind text,
+        object oid,
+        object_name text,
+        owner oid,
+        column_name name,
+        privilege text
+    )
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    WITH our_schema AS (
+        SELECT oid
+            FROM pg_namespace
+            WHERE nspname = 'procrastinate_stalled'
+    ), table_privilege (table_name, column_name, privilege, only_operator) AS (
+        SELECT table_name, NULL::name, 'SELECT', false
+            FROM unnest(ARRAY[
+                'procrastinate_jobs', 'procrastinate_workers', 'procrastinate_events',
+                'procrastinate_stalled.rules', 'procrastinate_stalled.settings', 'procrastinate_stalled.rescues',
+                'procrastinate_stalled.sweeps', 'procrastinate_stalled.orphans'
+            ]) AS table_name
+        UNION ALL
+        -- What a rescue changes in a job.
+        SELECT 'procrastinate_jobs', column_name, 'UPDATE', true
+            FROM unnest(ARRAY[
+                'status', 'attempts', 'scheduled_at', 'queue_name', 'priority', 'lock', 'abort_requested', 'worker_id'
+            ]::name[]) AS column_name
+        UNION ALL
+        -- To lock the row of a worker takes the right to update some column. A value for this one, which is GENERATED
+        -- ALWAYS, can be chosen by nobody.
+        SELECT 'procrastinate_workers', 'id', 'UPDATE', true
+        UNION ALL
+        -- Procrastinate's triggers write its events with the rights of who updates the job.
+        SELECT 'procrastinate_events', column_name, 'INSERT', true
+            FROM unnest(ARRAY['job_id', 'type', 'at']::name[]) AS column_name
+        UNION ALL
+        -- Not rescued_at and rescued_by: their defaults tell the truth.
+        SELECT 'procrastinate_stalled.rescues', column_name, 'INSERT', true
+            FROM unnest(ARRAY[
+                'job_id', 'queue_name', 'task_name', 'action', 'reason', 'detail', 'rule_name', 'worker_id',
+                'last_heartbeat', 'started_at', 'attempts', 'scheduled_at'
+            ]::name[]) AS column_name
+        UNION ALL
+        SELECT 'procrastinate_stalled.sweeps', column_name, 'INSERT', true
+            FROM unnest(ARRAY['doing', 'latest_heartbeat', 'newest_worker_id']::name[]) AS column_name
+        UNION ALL
+        SELECT 'procrastinate_stalled.sweeps', column_name, 'UPDATE', true
+            FROM unnest(ARRAY[
+                'retried', 'failed', 'aborted', 'waiting', 'held', 'held_reason', 'duration', 'error'
+            ]::name[]) AS column_name
+        UNION ALL
+        SELECT 'procrastinate_stalled.orphans', column_name, 'INSERT', true
+            FROM unnest(ARRAY['job_id', 'attempts']::name[]) AS column_name
+        UNION ALL
+        SELECT 'procrastinate_stalled.orphans', NULL, 'DELETE', true
+    )
+    SELECT 'SCHEMA', namespace.oid, namespace.oid::regnamespace::text, namespace.nspowner, NULL::name, 'USAGE'
+        FROM pg_namespace AS namespace
+        WHERE namespace.oid IN (
+            SELECT oid FROM our_schema
+            UNION
+            SELECT relnamespace FROM pg_class WHERE oid = to_regclass('procrastinate_jobs')
+        )
+    UNION ALL
+    SELECT 'TABLE',
+           class.oid,
+           format('%s.%I', class.relnamespace::regnamespace, class.relname),
+           class.relowner,
+           table_privilege.column_name,
+           table_privilege.privilege
+        FROM table_privilege
+        JOIN pg_class AS class ON class.oid = to_regclass(table_privilege.table_name)
+        WHERE for_operator OR NOT table_privilege.only_operator
+    UNION ALL
+    SELECT 'SEQUENCE',
+           class.oid,
+           format('%s.%I', class.relnamespace::regnamespace, class.relname),
+           class.relowner,
+           NULL,
+           'USAGE'
+        FROM pg_class AS class
+        -- The events' ids are no identity column, so who writes an event takes the number himself.
+        WHERE for_operator AND class.oid = pg_get_serial_sequence('procrastinate_events', 'id')::regclass
+    UNION ALL
+    SELECT 'FUNCTION', routine.oid, routine.oid::regprocedure::text, routine.proowner, NULL, 'EXECUTE'
+        FROM pg_proc AS routine
+        JOIN our_schema ON our_schema.oid = routine.pronamespace
+        WHERE routine.prokind = 'f'
+            AND (
+                -- Only what reads can be other than VOLATILE: PostgreSQL refuses commands that write or lock in such a
+                -- function. The functions that it calls need the caller's own right.
+                routine.provolatile <> 'v'
+                OR (for_operator AND routine.proname IN (
+                    'retry_job', 'retry_stalled_jobs', '_begin_sweep', '_end_sweep', '_lock_jobs_table', '_note_orphans',
+                    '_notify', '_rescue', '_rescue_batch'
+                ))
+            );
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._privileges(boolean) IS
+    'What a monitor must be granted, or an operator: each privilege with its object, the owner of that, and the column, if it is for one column only.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._has_privilege(
+    role_name name,
+    kind text,
+    object oid,
+    column_name name,
+    privilege text
+)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN CASE
+        WHEN kind = 'SCHEMA' THEN has_schema_privilege(role_name, object, privilege)
+        WHEN kind = 'SEQUENCE' THEN has_sequence_privilege(role_name, object, privilege)
+        WHEN kind = 'FUNCTION' THEN has_function_privilege(role_name, object, privilege)
+        WHEN column_name IS NULL THEN has_table_privilege(role_name, object, privilege)
+        ELSE has_column_privilege(role_name, object, column_name::text, privilege)
+    END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._has_privilege(name, text, oid, name, text) IS
+    'Whether the role has the privilege, by whatever way; of the privilege of _privileges(), or that WITH GRANT OPTION.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled._grant(
+    role text,
+    for_operator boolean
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+    SET lock_timeout = '5s'
+AS $$
+DECLARE
+    lacking record;
+    statement text;
+BEGIN
+    -- GRANT takes the name public for everybody, quoted too; no role can have it.
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('there is no role %s', coalesce(quote_ident(role), 'NULL')),
+            DETAIL = CASE role
+                WHEN 'public' THEN 'PUBLIC stands for every role that there is or will be.'
+                ELSE 'pg_roles does not have it. Upper and lower case count.'
+            END,
+            HINT = 'Nothing was granted. Name one role, or CREATE ROLE it first; a group of people is a role that others are members of.';
+    END IF;
+
+    PERFORM procrastinate_stalled._require_procrastinate();
+    -- A GRANT of what one may not grant is only a warning.
+    SELECT count(*) AS number,
+           (array_agg(format('%s on %s', needed.privilege, needed.object_name) ORDER BY needed.kind <> 'SCHEMA', needed.kind <> 'TABLE', needed.object_name))[1] AS example,
+           string_agg(DISTINCT pg_get_userbyid(needed.owner)::text, ', ') AS owners
+        INTO lacking
+        FROM procrastinate_stalled._privileges(for_operator) AS needed
+        WHERE NOT procrastinate_stalled._has_privilege(current_user, needed.kind, needed.object, needed.column_name, needed.privilege || ' WITH GRANT OPTION')
+            AND NOT procrastinate_stalled._has_privilege(role::name, needed.kind, needed.object, needed.column_name, needed.privilege);
+    IF lacking.number > 0 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role "%s" may not grant all that role "%s" needs', current_user, role),
+            DETAIL = format('It lacks the right to grant %s privileges, such as %s.', lacking.number, lacking.example),
+            HINT = format('Nothing was granted. Call it as the owner of these objects (%s); if there are several, as a role that is a member of each; or as a superuser.', lacking.owners);
+    END IF;
+
+    FOR statement IN
+        SELECT format('GRANT %s%s ON %s %s TO %I', needed.privilege, ' (' || quote_ident(needed.column_name) || ')', needed.kind, needed.object_name, role)
+            FROM procrastinate_stalled._privileges(for_operator) AS needed
+            WHERE procrastinate_stalled._has_privilege(current_user, needed.kind, needed.object, needed.column_name, needed.privilege || ' WITH GRANT OPTION')
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._grant(text, boolean) IS
+    'Grants a role the privileges of _privileges(), all or none. Raises undefined_object or insufficient_privilege.';
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_monitor(
+    role text
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    PERFORM procrastinate_stalled._grant(role, for_operator => false);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.grant_monitor(text) IS
+$$Lets a role look: at status(), get_stalled_jobs(), explain_job(), explain_jobs(), workers(), task_runtimes(), version(), at
+the tables of procrastinate_stalled, and at Procrastinate's jobs, workers and events. It can change nothing. Call it again
+after an upgrade, for functions that are new. It takes nothing away.
+
+Argument:
+  role  the name of an existing role, as pg_roles has it (upper and lower case count)
+Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
+Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
+it; the HINT says who may).$$;
+
+
+CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_operator(
+    role text
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    PERFORM procrastinate_stalled._grant(role, for_operator => true);
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled.grant_operator(text) IS
+$$Lets a role do what grant_monitor() allows, and call retry_job() and retry_stalled_jobs(). These run with the role's own
+rights, so it may then also UPDATE those columns of procrastinate_jobs that a rescue changes, INSERT into
+procrastinate_events, and write the records of rescues and sweeps, but not delete them, nor say that another role did it.
+Not: rules, settings, pause(), resume(), schedule(), sweep(). Call it again after an upgrade, for functions that are new.
+
+Argument:
+  role  the name of an existing role, as pg_roles has it (upper and lower case count)
+Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
+Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
+it; the HINT says who may).$$;
+
+
+-- Default privileges may have given PUBLIC more than PostgreSQL does.
 REVOKE ALL ON SCHEMA procrastinate_stalled FROM PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA procrastinate_stalled FROM PUBLIC;
+REVOKE ALL ON ALL SEQUENCES IN SCHEMA procrastinate_stalled FROM PUBLIC;
 REVOKE ALL ON ALL ROUTINES IN SCHEMA procrastinate_stalled FROM PUBLIC;
+-- As an extension: what the user set and what was done belongs into a dump, and so do the counters of the ids.
+
+DO $$
+DECLARE
+    relation regclass;
+BEGIN
+    IF NOT current_setting('procrastinate_stalled.as_extension')::boolean THEN
+        RETURN;
+    END IF;
+    FOR relation IN
+        SELECT oid
+            FROM pg_class
+            WHERE relnamespace = 'procrastinate_stalled'::regnamespace AND relkind IN ('r', 'S')
+            ORDER BY oid
+    LOOP
+        PERFORM pg_extension_config_dump(relation, '');
+    END LOOP;
+END;
+$$;
