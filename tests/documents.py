@@ -25,6 +25,7 @@ from psycopg.conninfo import make_conninfo
 from procrastinate_stalled import Stalled, install, uninstall
 from tests.jobs import add_job, add_orphan_note, add_worker, insert, pretend_old_server, update_job
 from tests.server import PROJECT, Server, install_procrastinate
+from tests.test_extension import PG_TLE
 from tests.wait import wait_until
 from tests.worker import Worker, start_worker
 
@@ -206,6 +207,16 @@ class Scene:
     def _set_default_heartbeat_timeout(self, timeout: str) -> None:
         self._execute("UPDATE procrastinate_stalled.rules SET heartbeat_timeout = %s WHERE name = 'default'", timeout)
 
+    def _run_silently(self, command: str) -> None:
+        output = self.run(Step("sh", 0, command))
+        if output:
+            raise RuntimeError(output)
+
+    def _schedule(self) -> None:
+        self._execute("GRANT USAGE ON SCHEMA cron TO app")
+        with psycopg.connect(self.owner) as connection:
+            Stalled(connection).schedule()
+
     def _create_database(self, dbname: str) -> str:
         statement = sql.SQL("CREATE DATABASE {} OWNER {}")
         self._execute(statement.format(sql.Identifier(dbname), sql.Identifier(ROLE)))
@@ -226,6 +237,27 @@ class Scene:
     def setup_not_installed(self) -> None:
         """The product is not installed."""
         uninstall(self.owner)
+
+    def setup_not_installed_in_the_repository(self) -> None:
+        """The product is not installed, and the reader is in a copy of this repository."""
+        uninstall(self.owner)
+        (self.folder / "sql").symlink_to(PROJECT / "sql")
+
+    def setup_stand_ins_for_pg_tle(self) -> None:
+        """There is something that takes what pg_tle would take. `CREATE EXTENSION` finds the files on the server."""
+        self._execute(PG_TLE)
+        self._execute("GRANT USAGE ON SCHEMA pgtle TO app; GRANT ALL ON ALL TABLES IN SCHEMA pgtle TO app")
+
+    def setup_scheduled(self) -> None:
+        """The product is installed, and pg_cron runs it."""
+        install(self.owner)
+        self._schedule()
+
+    def setup_an_extension_is_scheduled(self) -> None:
+        """The product is installed by `CREATE EXTENSION`, and pg_cron runs it."""
+        uninstall(self.owner)
+        self._execute("CREATE EXTENSION procrastinate_stalled", conninfo=self.owner)
+        self._schedule()
 
     def setup_a_worker_was_killed(self) -> None:
         """The rule waits for 30 seconds, and a worker was killed in the middle of job 1."""
@@ -289,10 +321,9 @@ class Scene:
 
     def setup_installed_by_yoyo(self) -> None:
         """The product was installed by the plain `yoyo` command."""
-        command = "yoyo apply --batch --database postgresql+psycopg:// package:procrastinate_stalled:migrations"
-        output = self.run(Step("sh", 0, command))
-        if output:
-            raise RuntimeError(output)
+        self._run_silently(
+            "yoyo apply --batch --database postgresql+psycopg:// package:procrastinate_stalled:migrations"
+        )
 
     def setup_two_procrastinates_in_database_shop(self) -> None:
         """There is a database `shop` with a Procrastinate in each of two schemas."""
@@ -310,6 +341,59 @@ class Scene:
             )
             """
         )
+
+    def setup_pg_cron_has_swept_database_shop(self) -> None:
+        """A sweep has ended in database `shop`, which has no pg_cron of its own."""
+        with psycopg.connect(self.superuser, dbname="shop", autocommit=True) as connection:
+            ended = "SELECT FROM procrastinate_stalled.sweeps WHERE duration IS NOT NULL"
+            wait_until(lambda: connection.execute(ended).rowcount, "pg_cron has swept the other database", 120)
+
+    def setup_a_django_project_with_these_settings(self) -> None:
+        """There is a project of Django with Procrastinate, which may use pg_cron, and whose settings say this too."""
+        said = (self.folder / "snippet.py").read_text()
+        self._execute(sql.SQL("GRANT USAGE ON SCHEMA cron TO {}").format(sql.Identifier(ROLE)))
+        self._run_silently("django-admin startproject shop .")
+        with (self.folder / "shop" / "settings.py").open("a") as settings:
+            settings.write(
+                f"""
+DATABASES = {{"default": {{"ENGINE": "django.db.backends.postgresql", "NAME": "{DATABASE}"}}}}
+of_django = INSTALLED_APPS
+{said}
+INSTALLED_APPS = [*of_django, *(app for app in INSTALLED_APPS if app is not ...)]
+"""
+            )
+        for command in ("--fake procrastinate", "auth", "admin", "sessions"):
+            self._run_silently(f"python manage.py migrate --verbosity=0 {command}")
+
+    def setup_nothing_is_scheduled(self) -> None:
+        """There is no pg_cron job, and nothing has swept."""
+        self._execute("SELECT procrastinate_stalled.unschedule()", conninfo=self.owner)
+        self._execute("DELETE FROM procrastinate_stalled.sweeps")
+
+    def setup_something_has_swept(self) -> None:
+        """A sweep has ended just now."""
+        self._execute("INSERT INTO procrastinate_stalled.sweeps (duration) VALUES ('10 ms')")
+
+    def setup_the_migration_was_recorded_only(self) -> None:
+        """Django believes the migration to be applied, and it is not."""
+        for command in ("procrastinate_stalled zero", "--fake procrastinate_stalled"):
+            self._run_silently(f"python manage.py migrate --skip-checks --verbosity=0 {command}")
+
+    def setup_pg_cron_has_run_the_sweep(self) -> None:
+        """pg_cron has run the sweep of database `app`, and has noted it."""
+        self._wait_until(
+            "SELECT FROM cron.job_run_details WHERE database = 'app' AND status = 'succeeded'",
+            "pg_cron has noted its run",
+            seconds=120,
+        )
+
+    def setup_an_extension_in_database_store(self) -> None:
+        """There is a database `store` with the extension and a rule."""
+        store = self._create_database("store")
+        install_procrastinate(store)
+        self._execute("CREATE EXTENSION procrastinate_stalled", conninfo=store)
+        with psycopg.connect(store) as connection:
+            insert(connection, "rules", name="charge once", task_name="shop.billing.%", action="fail")
 
     def setup_a_database_without_procrastinate(self) -> None:
         """There is an empty database `empty`."""
