@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from procrastinate_stalled import __version__, migrations_sql
+from procrastinate_stalled import __version__, psql_script
 from tests.conftest import Connect
 from tests.jobs import add_job, add_rule, add_stalled_job, add_worker, contents, get_job, insert, rows
 from tests.server import PROJECT, Server
@@ -27,6 +27,8 @@ OK, WARNING, ERROR, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 COMMANDS = [
     *("install", "uninstall", "sql", "list", "explain", "workers", "runtimes", "sweep", "retry", "pause", "resume"),
+    "set-procrastinate-schema",
+    *("grant-monitor", "grant-operator"),
     *("schedule", "unschedule", "status", "rules", "rules add", "rules change", "rules remove"),
 ]
 
@@ -90,7 +92,7 @@ def test_install_says_what_it_did_and_what_comes_next(procrastinate_database: st
     first = succeed("install", database=procrastinate_database)
     again = succeed("install", database=procrastinate_database)
 
-    assert "procrastinate_stalled_0001_initial" in first
+    assert "procrastinate_stalled_0001_0.1.0" in first
     assert "procrastinate-stalled schedule" in first
     assert again == "Already installed, nothing to do.\n"
     assert is_installed(procrastinate_database)
@@ -113,7 +115,7 @@ def test_uninstall_warns_of_the_job_that_it_cannot_remove(other_database_on_cron
 
 
 def test_sql_prints_the_script_for_psql_and_needs_no_database() -> None:
-    assert succeed("sql", database="host=nowhere.invalid") == migrations_sql()
+    assert succeed("sql", database="host=nowhere.invalid") == psql_script()
 
 
 def test_list_shows_the_stalled_jobs_to_people(database: str, connection: psycopg.Connection[Any]) -> None:
@@ -457,6 +459,20 @@ def test_retry_explains_why_it_cannot(database: str, connection: psycopg.Connect
     )
 
 
+@pytest.mark.parametrize(("command", "may"), [("grant-monitor", "look"), ("grant-operator", "look and retry")])
+def test_a_grant_says_what_the_role_may(command: str, may: str, server: Server, database: str) -> None:
+    with psycopg.connect(server.conninfo(), autocommit=True) as superuser:
+        superuser.execute('CREATE ROLE "On call" LOGIN')
+    try:
+        assert succeed(command, "On call", database=database) == f"Granted: role On call may {may}.\n"
+
+        assert succeed("list", database=make_conninfo(database, user="On call")) == "No stalled jobs.\n"
+        expect_error(run(command, "on call", database=database), "there is no role", hint="Name one role")
+    finally:
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute('DROP OWNED BY "On call"; DROP ROLE "On call"')
+
+
 def test_pause_and_resume_say_what_they_did(database: str, connection: psycopg.Connection[Any]) -> None:
     job = add_stalled_job(connection, queue_name="emails", task_name="billing.send")
     options = ("--queue", "emails", "--task-name", "billing.%")
@@ -544,7 +560,7 @@ def test_schedule_prints_the_statement_for_the_other_database_where_pg_cron_live
     done = run("schedule", database=other_database_on_cron_server)
 
     expect_error(
-        done, "pg_cron is not in database", hint="There, as a role that may: SELECT cron.schedule_in_database("
+        done, "pg_cron is not in database", hint="there, as a role that may: SELECT cron.schedule_in_database("
     )
     statement = re.search(r"SELECT cron\.schedule_in_database\(.*?\);", done.stderr)
     assert statement is not None
@@ -605,6 +621,27 @@ def test_status_shows_each_check_with_its_remedy_to_people(database: str, connec
     # A statement to paste is not broken into lines.
     assert [hint.partition(": ")[0] for hint in hints] == ["schedule", "last_sweep", "workers"]
     assert "\n" not in hints[0]
+
+
+def test_set_procrastinate_schema_follows_a_schema_that_was_renamed(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute('ALTER SCHEMA public RENAME TO "of the App"')
+    expect_error(
+        run("list", database=database),
+        "there is no Procrastinate 3.1 or later in schema public",
+        hint="set_procrastinate_schema('of the App')",
+    )
+    expect_error(
+        run("set-procrastinate-schema", "of the app", database=database),
+        'schema "of the app" has no Procrastinate',
+        hint="Nothing was changed",
+    )
+
+    said = succeed("set-procrastinate-schema", "of the App", database=database)
+
+    assert said == "Procrastinate is looked for in schema of the App.\n"
+    assert succeed("list", database=database) == "No stalled jobs.\n"
 
 
 @pytest.mark.parametrize("duration", ["90", "5.5", "-1"])
@@ -886,6 +923,7 @@ NEEDING_THE_SCHEMA = [
     *(["list"], ["explain", "1"], ["workers"], ["runtimes"], ["sweep"], ["sweep", "--dry-run"], ["retry", "1"]),
     *(["pause"], ["resume"], ["schedule"], ["status"], ["rules"], ["rules", "add", "new"]),
     *(["rules", "change", "default", "--note", "new"], ["rules", "remove", "default"]),
+    ["set-procrastinate-schema", "public"],
 ]
 
 

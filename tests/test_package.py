@@ -362,6 +362,18 @@ def test_pg_cron_runs_the_sweep_from_schedule_to_unschedule(call: Call, cron_dat
     assert call(cron_database, "unschedule") is False
 
 
+def test_procrastinate_is_found_again_in_the_schema_that_it_was_moved_to(
+    call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("ALTER SCHEMA public RENAME TO app")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        call(database, "workers")
+
+    call(database, "set_procrastinate_schema", "app")
+
+    assert len(call(database, "workers")) == 1
+
+
 def test_the_status_has_a_row_per_check(call: Call, database: str) -> None:
     checks = call(database, "status")
 
@@ -387,6 +399,7 @@ def test_package_and_sql_have_the_same_version(call: Call, database: str) -> Non
         ("explain_job", {"job_id": 2**70}, psycopg.errors.NumericValueOutOfRange),
         ("pause", {"duration": timedelta(0)}, psycopg.errors.InvalidParameterValue),
         ("sweep", {"batch_size": 0}, psycopg.errors.InvalidParameterValue),
+        ("set_procrastinate_schema", {"schema": "nowhere"}, psycopg.errors.InvalidSchemaName),
         ("schedule", {}, psycopg.errors.ObjectNotInPrerequisiteState),
     ],
 )
@@ -473,6 +486,28 @@ def test_a_client_has_a_method_for_each_sql_function_with_the_same_arguments(
     ]
 
     assert sorted(methods) == sorted(functions)
+
+
+@pytest.mark.parametrize(
+    ("method", "may_retry"), [("grant_monitor", False), ("grant_operator", True)], ids=["monitor", "operator"]
+)
+def test_a_role_can_be_let_look_or_retry(
+    method: str, may_retry: bool, call: Call, database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("CREATE ROLE somebody")
+    try:
+        assert call(database, method, "somebody") is None
+
+        privilege = "SELECT has_function_privilege('somebody', %s, 'EXECUTE')"
+        looks = connection.execute(privilege, ["procrastinate_stalled.status()"]).fetchone()
+        retries = connection.execute(
+            privilege, ["procrastinate_stalled.retry_job(bigint, timestamptz, integer, text, text)"]
+        ).fetchone()
+        assert (looks, retries) == ((True,), (may_retry,))
+        with pytest.raises(psycopg.errors.UndefinedObject):
+            call(database, method, "nobody")
+    finally:
+        connection.execute("DROP OWNED BY somebody; DROP ROLE somebody")
 
 
 def modules_after(statement: str) -> set[str]:

@@ -21,6 +21,7 @@ from tests.jobs import (
     insert,
     rows,
 )
+from tests.procrastinate_release import AS_OF
 from tests.server import Server, database_name, install_procrastinate, streaming_standby
 
 NAMES = [
@@ -121,17 +122,17 @@ TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*"
 
 FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
     # name, what happened, level, pattern of the detail, part of the hint
-    "found": ("procrastinate", nothing, "ok", "schema public, as of Procrastinate 3.4 or later", ""),
+    "found": ("procrastinate", nothing, "ok", f"schema public, as of Procrastinate {AS_OF}", ""),
     "3.3": (
         "procrastinate",
-        statement("DROP FUNCTION procrastinate_retry_job_v2"),
+        statement("DROP FUNCTION IF EXISTS procrastinate_retry_job_v2"),
         "ok",
-        "schema public, as of Procrastinate 3.2 or 3.3",
+        f"schema public, as of Procrastinate {min(AS_OF, '3.2 or 3.3')}",
         "",
     ),
     "3.1": (
         "procrastinate",
-        statement("DROP FUNCTION procrastinate_retry_job_v2, procrastinate_defer_jobs_v1"),
+        statement("DROP FUNCTION IF EXISTS procrastinate_retry_job_v2, procrastinate_defer_jobs_v1"),
         "ok",
         "schema public, as of Procrastinate 3.1",
         "",
@@ -147,8 +148,8 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         "procrastinate",
         statement("DROP TABLE procrastinate_jobs CASCADE"),
         "error",
-        'relation "procrastinate_jobs" does not exist',
-        "Apply Procrastinate's schema",
+        r"there is no Procrastinate 3\.1 or later in schema public\. Missing there: procrastinate_jobs\.",
+        "Apply its schema if that was dropped",
     ),
     "no pg_cron": (
         "schedule",
@@ -299,8 +300,8 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         "workers",
         statement("DROP TABLE procrastinate_workers CASCADE"),
         "error",
-        'relation "procrastinate_workers" does not exist',
-        "Apply Procrastinate's schema",
+        r"there is no Procrastinate 3\.1 or later in schema public",
+        "See the row procrastinate.",
     ),
     "no jobs": ("jobs", nothing, "ok", "0 in doing, 0 stalled, 0 held", ""),
     "running jobs": (
@@ -434,8 +435,8 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         "given_up",
         statement("DROP TABLE procrastinate_events CASCADE"),
         "error",
-        'relation "procrastinate_events" does not exist',
-        "Apply Procrastinate's schema",
+        r"there is no Procrastinate 3\.1 or later in schema public",
+        "See the row procrastinate.",
     ),
     "a rule": ("rules", nothing, "ok", "1 in force", ""),
     "rules that do not count": (
@@ -831,11 +832,17 @@ def test_of_several_schedules_the_active_one_is_shown(scheduled: Connection) -> 
         assert check_rows(scheduled, NAMES_WITH_SCHEDULE)["schedule"].level == "ok"
 
 
-@pytest.mark.parametrize("column", ["jobname", "database"])
-def test_a_job_of_another_name_or_database_is_no_schedule(scheduled: Connection, column: LiteralString) -> None:
+@pytest.mark.parametrize("change", ["jobname = 'other', command = 'SELECT 1'", "database = 'other'"])
+def test_a_job_of_another_kind_or_database_is_no_schedule(scheduled: Connection, change: LiteralString) -> None:
     with scheduled.transaction(force_rollback=True):
-        scheduled.execute(f"UPDATE cron.job SET {column} = 'other'")
+        scheduled.execute(f"UPDATE cron.job SET {change}")
         assert check_rows(scheduled)["schedule"].level == "warning"
+
+
+def test_a_job_of_another_name_that_sweeps_this_database_is_a_schedule(scheduled: Connection) -> None:
+    with scheduled.transaction(force_rollback=True):
+        scheduled.execute("UPDATE cron.job SET jobname = 'other'")
+        assert check_rows(scheduled, NAMES_WITH_SCHEDULE)["schedule"].level == "ok"
 
 
 def test_pg_cron_in_another_database_is_told(other_database_on_cron_server: str) -> None:
@@ -898,7 +905,7 @@ def test_a_schema_whose_name_needs_quotes_is_understood(server: Server) -> None:
             add_given_up_job(procrastinate, "old", 400)
         status = check_rows(connection)
         assert status["procrastinate"] == Status(
-            "procrastinate", "ok", 'schema "my schema", as of Procrastinate 3.4 or later', None
+            "procrastinate", "ok", f'schema "my schema", as of Procrastinate {AS_OF}', None
         )
 
         # The statement in the hint ends the job that ran for longer than its heartbeat_timeout, and no other.
