@@ -38,6 +38,7 @@ ifneq ($(filter install uninstall installcheck,$(MAKECMDGOALS)),)
 PG_CONFIG ?= pg_config
 EXTENSION = procrastinate_stalled
 DATA := $(shell scripts/extension-scripts)
+$(if $(DATA),,$(error scripts/extension-scripts failed; its message is above))
 REGRESS = procrastinate_stalled
 REGRESS_OPTS = --inputdir=tests/installcheck --outputdir=build/installcheck
 PGXS := $(shell $(PG_CONFIG) --pgxs)
@@ -46,7 +47,9 @@ include $(PGXS)
 # install: ## Install the extension into the PostgreSQL of PG_CONFIG=...
 # uninstall: ## Remove it there again
 # installcheck: ## Check the installed extension on a running server
-installcheck: prepare
+# Its Python, which has Procrastinate's schema, is made ready unless another one is named.
+export PYTHON ?= $(BIN)/python
+installcheck: $(if $(filter $(BIN)/%,$(PYTHON)),prepare)
 else
 
 clean: ## Remove everything that the other targets made

@@ -1,12 +1,15 @@
 """The servers, databases and workers that tests ask for."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import procrastinate
 import psycopg
 import pytest
 from procrastinate import App
@@ -127,13 +130,19 @@ def cron_server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def cron_database(cron_server: Server) -> Iterator[str]:
-    """The address of the database of pg_cron, with Procrastinate and this product."""
+def bare_cron_database(cron_server: Server) -> Iterator[str]:
+    """The address of the database of pg_cron, with nothing else in it."""
     conninfo = cron_server.conninfo(CRON)
-    install_procrastinate(conninfo)
-    install(conninfo)
     yield conninfo
     _clean_cron_database(conninfo)
+
+
+@pytest.fixture
+def cron_database(bare_cron_database: str) -> str:
+    """The address of the database of pg_cron, with Procrastinate and this product."""
+    install_procrastinate(bare_cron_database)
+    install(bare_cron_database)
+    return bare_cron_database
 
 
 @pytest.fixture
@@ -145,11 +154,24 @@ def other_database_on_cron_server(cron_server: Server) -> Iterator[str]:
 
 
 def _create_templates(server: Server) -> None:
+    _check_versions(server)
     install_procrastinate(server.create_database("procrastinate"))
     conninfo = server.create_database("ours", "procrastinate")
     install(conninfo)
     with psycopg.connect(conninfo) as connection:
         pretend_old_server(connection)
+
+
+def _check_versions(server: Server) -> None:
+    """See that the tests test what the cell of the matrix says (`scripts/matrix.py`)."""
+    expected = os.environ.get("MATRIX_CELL")
+    if expected is not None:
+        with psycopg.connect(server.conninfo()) as connection:
+            postgresql = connection.info.server_version // 10000
+        distribution = metadata.distribution("procrastinate")
+        found = f"{postgresql}x{distribution.version}"
+        imported, meant = Path(procrastinate.__file__), Path(str(distribution.locate_file("procrastinate/__init__.py")))
+        assert (found, imported) == (expected, meant)
 
 
 def _clean_cron_database(conninfo: str) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 from procrastinate import SyncPsycopgConnector
 from procrastinate.manager import JobManager
+from procrastinate.sync_psycopg_connector import wrap_exceptions
+from psycopg import Cursor
+from psycopg.rows import DictRow, dict_row
 
 from tests.jobs import Connection
 
@@ -15,11 +18,16 @@ class _OneConnection(SyncPsycopgConnector):
         super().__init__()
         self.connection = connection
 
+    @wrap_exceptions()
+    def _execute(self, query: Any, arguments: dict[str, Any]) -> Cursor[DictRow]:
+        cursor = self.connection.cursor(row_factory=dict_row)
+        return cursor.execute(query, self._wrap_json(arguments))
+
     async def execute_query_async(self, query: Any, **arguments: Any) -> None:
-        self.execute_query_one_with_connection(self.connection, query, **arguments)
+        self._execute(query, arguments)
 
     async def execute_query_all_async(self, query: Any, **arguments: Any) -> list[dict[str, Any]]:
-        return self.execute_query_all_with_connection(self.connection, query, **arguments)
+        return self._execute(query, arguments).fetchall()
 
 
 def job_manager(connection: Connection) -> JobManager:

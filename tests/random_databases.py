@@ -1,8 +1,10 @@
 """Databases made up by hypothesis: workers, jobs with their events, rules, notes of orphans and earlier rescues."""
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.jobs import Connection, add_event, add_job, add_orphan_note, add_rule, add_worker, insert
@@ -15,6 +17,15 @@ QUEUES = ("default", "q" * 128)
 TASKS = ("billing.send", "billing_send", "Billing.send", "ümlaut 100%")
 PATTERNS = ("billing.%", "billing_send", r"billing\_send", "%", "nothing")
 KEYS = ("a", "")
+
+
+def with_examples(number: int) -> settings:
+    """Let hypothesis try so many examples, each in a transaction of its own; or a quarter in a cell of the matrix."""
+    return settings(
+        max_examples=number // 4 if "MATRIX_CELL" in os.environ else number,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 @dataclass(frozen=True)
@@ -128,10 +139,15 @@ tasks = usually(None, st.sampled_from(TASKS))
 patterns = usually(None, st.sampled_from(PATTERNS))
 
 
+def _in_seconds(microseconds: int) -> str:
+    # PostgreSQL 14 knows no interval of more than 2147483647 microseconds, if they are called so.
+    return f"{microseconds // SECOND}.{microseconds % SECOND:06} seconds"
+
+
 @st.composite
 def rules(draw: st.DrawFn) -> dict[str, Any]:
     """Rules of all kinds."""
-    timeouts = usually("1 minute", st.none() | st.sampled_from(TIMEOUTS).map("{} microseconds".format))
+    timeouts = usually("1 minute", st.none() | st.sampled_from(TIMEOUTS).map(_in_seconds))
     return {
         "position": draw(st.integers(0, 2)),
         "enabled": draw(usually(True, st.booleans())),

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -89,6 +90,20 @@ class Server:
 _numbers = count(1)
 
 
+def postgresql_program(name: str) -> Path:
+    """A program of the PostgreSQL that the servers run."""
+    bindir = subprocess.run([PROJECT / "scripts" / "postgresql-bindir"], check=True, stdout=subprocess.PIPE, text=True)
+    return Path(bindir.stdout.strip(), name)
+
+
+@cache
+def has_real_pg_cron() -> bool:
+    """Whether pg_cron is a library here, whose launcher runs the jobs."""
+    pg_config = str(postgresql_program("pg_config"))
+    libraries = subprocess.run([pg_config, "--pkglibdir"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return any(Path(libraries).glob("pg_cron.*"))
+
+
 @contextmanager
 def throwaway_server(cron_database: str | None = None, settings: dict[str, str] = FAST) -> Iterator[Server]:
     """Run a server in a temporary folder, and remove all traces of it at the end.
@@ -97,7 +112,8 @@ def throwaway_server(cron_database: str | None = None, settings: dict[str, str] 
     ----------
     cron_database :
         Create a database of this name, and run pg_cron in it. Never drop it, nor terminate all of its backends:
-        pg_cron 1.4 would not run again before the server restarts.
+        pg_cron 1.4 would not run again before the server restarts. Where the server has only `tests/pg_cron_fake`,
+        jobs are kept but nothing runs them.
     settings :
         What to set in its configuration.
     """
@@ -107,11 +123,9 @@ def throwaway_server(cron_database: str | None = None, settings: dict[str, str] 
             postgres = pwd.getpwnam("postgres")
             os.chown(folder, postgres.pw_uid, postgres.pw_gid)
         if cron_database is not None:
-            settings = settings | {
-                "shared_preload_libraries": "pg_cron",
-                "cron.database_name": cron_database,
-                "cron.host": str(folder),
-            }
+            settings = settings | {"cron.database_name": cron_database, "cron.host": str(folder)}
+            if has_real_pg_cron():
+                settings["shared_preload_libraries"] = "pg_cron"
         with _running(folder, settings) as port:
             server = Server(port=port, folder=folder)
             if cron_database is not None:
@@ -131,8 +145,7 @@ def streaming_standby(primary: Server, settings: dict[str, str] = FAST) -> Itera
         What to set in its configuration.
     """
     folder = primary.folder / f"standby-{next(_numbers)}"
-    bindir = subprocess.run([PROJECT / "scripts" / "postgresql-bindir"], check=True, stdout=subprocess.PIPE, text=True)
-    backup = [f"{bindir.stdout.strip()}/pg_basebackup", "-D", f"{folder}/data", "-R", "-c", "fast"]
+    backup = [str(postgresql_program("pg_basebackup")), "-D", f"{folder}/data", "-R", "-c", "fast"]
     user = "postgres" if os.geteuid() == 0 else None
     subprocess.run([*backup, "-d", primary.conninfo()], check=True, cwd="/", user=user, group=user)
     port = get_port(None)
@@ -198,7 +211,8 @@ def _create_cron_database(server: Server, dbname: str) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         # Not in schema public, so that tests may drop that.
         connection.execute("CREATE EXTENSION pg_cron SCHEMA pg_catalog")
-        wait_until(lambda: cron_launcher(connection) is not None, "pg_cron's launcher is there")
+        if has_real_pg_cron():
+            wait_until(lambda: cron_launcher(connection) is not None, "pg_cron's launcher is there")
 
 
 def cron_launcher(connection: psycopg.Connection[tuple[int]]) -> int | None:

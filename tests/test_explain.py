@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from psycopg.errors import InvalidParameterValue
 
 from procrastinate_stalled import Stalled
@@ -25,7 +25,7 @@ from tests.jobs import (
     rows,
     update_job,
 )
-from tests.random_databases import QUEUES, TASKS, RandomDatabase, nights
+from tests.random_databases import QUEUES, TASKS, RandomDatabase, nights, with_examples
 
 MINUTE = 60
 HOUR = 3600
@@ -781,7 +781,7 @@ def all_jobs(connection: Connection) -> dict[int, Row]:
     return {row["id"]: row for row in rows(connection, "SELECT * FROM procrastinate_jobs")}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(30)
 @given(database=nights())
 def test_the_next_sweep_does_what_was_announced_and_nothing_else(
     transaction: Connection, database: RandomDatabase
@@ -813,7 +813,7 @@ def test_the_next_sweep_does_what_was_announced_and_nothing_else(
         ]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(20)
 @given(database=nights())
 def test_one_job_is_explained_as_it_is_among_all_and_in_its_queue_and_task(
     transaction: Connection, database: RandomDatabase
@@ -852,7 +852,7 @@ def let_time_pass(connection: Connection, duration: timedelta) -> None:
     )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(20)
 @given(database=nights())
 def test_a_job_stalls_at_the_announced_moment_and_not_before(transaction: Connection, database: RandomDatabase) -> None:
     # A server that becomes available only in the future changes what was announced.

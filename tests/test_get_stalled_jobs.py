@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from procrastinate.jobs import Job
 from psycopg.errors import InvalidParameterValue, ReadOnlySqlTransaction
@@ -12,7 +12,7 @@ from psycopg.errors import InvalidParameterValue, ReadOnlySqlTransaction
 from procrastinate_stalled import Stalled
 from tests.job_manager import job_manager
 from tests.jobs import Connection, add_event, add_job, add_rule, add_stalled_job, add_worker, rows, update_job
-from tests.random_databases import SECOND, TIMEOUTS, RandomDatabase, databases, queues, tasks
+from tests.random_databases import SECOND, TIMEOUTS, RandomDatabase, databases, queues, tasks, with_examples
 
 MILLISECOND = SECOND // 1000  # Procrastinate's query fails with less than a tenth of it.
 microseconds = st.sampled_from(TIMEOUTS) | st.integers(MILLISECOND, 10**15)
@@ -55,7 +55,7 @@ def assert_same_jobs(connection: Connection, **arguments: Any) -> None:
         assert Job.from_row(row).evolve(abort_requested=False) == expected_by_id[job.id]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(100)
 @given(example=databases_and_seconds(), other_seconds=microseconds, queue=queues, task_name=tasks)
 @pytest.mark.filterwarnings("ignore:The `nb_seconds` parameter is deprecated:DeprecationWarning")
 def test_with_seconds_it_returns_what_procrastinate_returns(

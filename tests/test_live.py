@@ -181,7 +181,8 @@ def test_a_sweep_does_not_rob_a_worker_that_finishes_at_the_same_time(
     # The rule calls every running job stalled at once; whoever comes first, each job has one end per run.
     connection.execute("UPDATE procrastinate_stalled.rules SET run_timeout = '1 millisecond', max_rescues = NULL")
     with open_app(database) as app:
-        app.configure_task("tests.tasks.succeed").batch_defer(*({} for _ in range(200)))
+        for _ in range(200):
+            app.configure_task("tests.tasks.succeed").defer()
     run_worker(database, **WORKER, concurrency=10)
 
     def all_ended() -> bool:

@@ -17,6 +17,7 @@ from tests.jobs import (
     rows,
     update_job,
 )
+from tests.procrastinate_release import RETRY_AT_ONCE
 
 HOUR = 3600
 
@@ -117,7 +118,7 @@ def test_each_orphan_has_its_own_clock_and_rule(minute: Connection) -> None:
         "SELECT procrastinate_finish_job_v1(%s, 'succeeded', false)",
         "SELECT procrastinate_finish_job_v1(%s, 'failed', false)",
         "SELECT procrastinate_finish_job_v1(%s, 'failed', true)",
-        "SELECT procrastinate_retry_job_v2(%s, NULL, NULL, NULL, NULL)",
+        RETRY_AT_ONCE,
         "SELECT procrastinate_stalled.retry_job(%s)",
         "DELETE FROM procrastinate_jobs WHERE id = %s",
     ],

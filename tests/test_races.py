@@ -28,6 +28,7 @@ from tests.jobs import (
     rows,
     update_job,
 )
+from tests.procrastinate_release import RETRY_AT_ONCE, RETRY_JOB
 from tests.server import Server, database_name
 from tests.sessions import SWEEP, Point, add_points, no_deadlock, paused, running
 
@@ -71,12 +72,12 @@ ACTS = [
     Act("finish as failed", "SELECT procrastinate_finish_job_v1(%(job)s, 'failed', false)"),
     Act("finish and delete", "SELECT procrastinate_finish_job_v1(%(job)s, 'succeeded', true)"),
     Act("retry v1", "SELECT procrastinate_retry_job_v1(%(job)s, '2100-01-01', 7, 'other', 'lock')"),
-    Act("retry v2", "SELECT procrastinate_retry_job_v2(%(job)s, '2100-01-01', 7, 'other', 'lock')"),
+    Act("retry", f"SELECT {RETRY_JOB}(%(job)s, '2100-01-01', 7, 'other', 'lock')"),
     Act(
         "retry and fetch",
-        """
-        SELECT procrastinate_retry_job_v2(%(job)s, NULL, NULL, NULL, NULL),
-               procrastinate_fetch_job_v2('{contested}', %(worker)s)
+        f"""
+        SELECT {RETRY_JOB}(%(job)s, NULL, NULL, NULL, NULL),
+               procrastinate_fetch_job_v2('{{contested}}', %(worker)s)
         """,
     ),
     Act("abort", "SELECT procrastinate_cancel_job_v1(%(job)s, true, false)"),
@@ -247,7 +248,7 @@ def test_a_sweep_leaves_a_job_that_its_worker_failed_when_it_was_to_be_aborted(
     update_job(connection, scene.job, abort_requested=True)
 
     with paused(connect, point) as sweep:
-        connection.execute("SELECT procrastinate_retry_job_v2(%s, NULL, NULL, NULL, NULL)", [scene.job])
+        connection.execute(RETRY_AT_ONCE, [scene.job])
         sweep.resume()
 
     assert get_job(connection, scene.job)["status"] == "failed"
@@ -325,7 +326,7 @@ NO_JOB = "P0001"
         ("finish as failed", "failed", ["cancelled"], None),
         ("finish and delete", None, None, None),
         ("retry v1", "todo", [], NO_JOB),
-        ("retry v2", "todo", [], NO_JOB),
+        ("retry", "todo", [], NO_JOB),
         ("retry and fetch", "todo", [], NO_JOB),
         ("abort", "cancelled", ["abort_requested", "cancelled"], None),
         ("delete", None, None, None),

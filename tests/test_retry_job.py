@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from procrastinate.exceptions import UniqueViolation
 from procrastinate.jobs import Job
@@ -30,6 +30,7 @@ from tests.jobs import (
     rows,
     update_job,
 )
+from tests.random_databases import with_examples
 
 # Procrastinate's connector stumbles over the error of a queueing lock with a line break.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\n"), max_size=128)
@@ -68,7 +69,7 @@ def everything_of(connection: Connection, job_id: int) -> list[Row]:
     return [job, *events]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(200)
 @given(columns=jobs, arguments=arguments_of_retry_job)
 def test_it_leaves_the_row_and_the_events_that_procrastinate_leaves(
     transaction: Connection, columns: dict[str, Any], arguments: dict[str, Any]

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from psycopg.errors import InvalidParameterValue
 
@@ -23,7 +23,7 @@ from tests.jobs import (
     get_job,
     rows,
 )
-from tests.random_databases import SECOND, TIMEOUTS, RandomDatabase, databases, queues, tasks
+from tests.random_databases import SECOND, TIMEOUTS, RandomDatabase, databases, queues, tasks, with_examples
 
 DONE = {"retry": "retried", "fail": "failed", "abort": "aborted"}
 STATUS = {"retry": "todo", "fail": "failed", "abort": "aborted"}
@@ -95,7 +95,7 @@ def as_planned(job: StalledJob) -> Row:
     }
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(120)
 @given(database=databases(), arguments=arguments_of_both, max_jobs=st.none() | st.integers(1, 4))
 def test_it_does_what_get_stalled_jobs_and_the_dry_run_foretell_and_nothing_else(
     transaction: Connection, database: RandomDatabase, arguments: dict[str, Any], max_jobs: int | None

@@ -1,7 +1,7 @@
 -- make installcheck: the extension as it is installed, on a server that is running.
 \set ECHO none
 SET client_min_messages = warning;
-\set procrastinate_schema `.venv/bin/python -c "import procrastinate.sql; print(procrastinate.sql.__path__[0])"`/schema.sql
+\set procrastinate_schema `"$PYTHON" -c "import procrastinate.sql; print(procrastinate.sql.__path__[0])"`/schema.sql
 \set VERBOSITY sqlstate
 \set ECHO all
 -- Procrastinate has to be there first.
