@@ -52,9 +52,8 @@ SELECT namespace.nspname, class.relname
     JOIN pg_catalog.pg_namespace AS namespace ON namespace.oid = class.relnamespace
     WHERE class.relname = '_yoyo_migration'
         AND class.relkind = 'r'
-        AND pg_catalog.has_schema_privilege(namespace.oid, 'USAGE')
-        AND pg_catalog.has_table_privilege(class.oid, 'SELECT')
-        AND pg_catalog.has_table_privilege(class.oid, 'DELETE')
+        -- A trigger of somebody else's table would run with our rights.
+        AND pg_catalog.pg_get_userbyid(class.relowner) = current_user
 """
 
 
@@ -167,7 +166,10 @@ def uninstall(conninfo: str = "") -> bool:
         connection.execute(_HIDE_SEARCH_PATH)
         installed = connection.execute("SELECT pg_catalog.to_regnamespace(%s) IS NOT NULL", [SCHEMA]).fetchone()
         connection.execute(rollback_sql().encode())
-        removed = installed == (True,)
+        unscheduled = connection.execute(
+            "SELECT pg_catalog.current_setting('procrastinate_stalled.unscheduled', true)"
+        ).fetchone()
+        removed = installed == (True,) or unscheduled == ("true",)
         for table in connection.execute(_FOREIGN_YOYO_TABLES).fetchall():
             deleted = connection.execute(
                 sql.SQL("DELETE FROM {} WHERE migration_id = ANY (%s)").format(sql.Identifier(*table)),
@@ -247,8 +249,16 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
         return _connect(dburi)
 
     def list_tables(self, **_kwargs: Any) -> list[str]:
+        # Only our own: a view of somebody who made a schema of this name first would run with our rights.
         tables = self.connection.execute(
-            "SELECT table_name FROM information_schema.tables WHERE table_schema = %s", [SCHEMA]
+            """
+            SELECT relname
+                FROM pg_catalog.pg_class
+                WHERE relnamespace = pg_catalog.to_regnamespace(%s)
+                    AND relkind = 'r'
+                    AND pg_catalog.pg_get_userbyid(relowner) = current_user
+            """,
+            [SCHEMA],
         )
         return [table for (table,) in tables]
 

@@ -10,6 +10,12 @@ DO $$
 BEGIN
     PERFORM pg_catalog.set_config('procrastinate_stalled.found_by_path', coalesce(pg_catalog.to_regclass('procrastinate_jobs')::pg_catalog.oid::pg_catalog.text, ''), true);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    -- An upgrade that waits for a lock makes others wait behind it.
+    PERFORM pg_catalog.set_config('lock_timeout', '10s', true);
+    -- Where each statement is a transaction of its own, all that follow fail now, and not just the next one; within one
+    -- transaction this changes nothing. The last statement of all takes it back.
+    PERFORM pg_catalog.set_config('procrastinate_stalled.read_only', pg_catalog.current_setting('default_transaction_read_only'), false);
+    PERFORM pg_catalog.set_config('default_transaction_read_only', 'on', false);
 END;
 $$;
 
@@ -19,7 +25,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'no_active_sql_transaction',
             MESSAGE = 'this script must run in one transaction',
-            DETAIL = 'The search_path that was set for one transaction is gone, and so that has ended.',
+            DETAIL = 'The settings of one transaction, which the functions keep, are gone; so everything that follows fails too.',
             HINT = 'psql --single-transaction --set ON_ERROR_STOP=1 --file ...; or: procrastinate-stalled install';
     END IF;
 END;
@@ -30,12 +36,7 @@ DECLARE
     wanted_schema CONSTANT text := nullif(current_setting('procrastinate_stalled.procrastinate_schema', true), '');
     found_by_path CONSTANT oid := nullif(current_setting('procrastinate_stalled.found_by_path', true), '')::oid;
     extension CONSTANT pg_extension := (SELECT extension FROM pg_extension AS extension WHERE extname = 'procrastinate_stalled');
-    present_owner CONSTANT pg_roles := (
-        SELECT role
-            FROM pg_namespace
-            JOIN pg_roles AS role ON role.oid = nspowner
-            WHERE nspname = 'procrastinate_stalled'
-    );
+    present_owner CONSTANT name := (SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = 'procrastinate_stalled');
     -- Where the functions that are there already look for Procrastinate.
     present_schema CONSTANT text := (
         SELECT namespace.nspname
@@ -67,7 +68,7 @@ BEGIN
             MESSAGE = format('procrastinate_stalled is installed as an extension in database "%s"', current_database()),
             DETAIL = format('It has version %s. Only CREATE, ALTER and DROP EXTENSION change what belongs to an extension.', extension.extversion),
             HINT = 'Nothing was changed. To bring it up to date: ALTER EXTENSION procrastinate_stalled UPDATE; To install it another way, without its rules and records: DROP EXTENSION procrastinate_stalled; first.';
-    ELSIF as_extension AND present_owner.oid IS NOT NULL AND NOT EXISTS (
+    ELSIF as_extension AND present_owner IS NOT NULL AND NOT EXISTS (
         SELECT
             FROM pg_depend
             WHERE classid = 'pg_namespace'::regclass
@@ -79,7 +80,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
             MESSAGE = format('procrastinate_stalled is already installed in database "%s", and not as an extension', current_database()),
-            DETAIL = format('There is a schema "procrastinate_stalled" of role "%s", made by its migrations or its script.', present_owner.rolname),
+            DETAIL = format('There is a schema "procrastinate_stalled" of role "%s", made by its migrations or its script.', present_owner),
             HINT = 'Nothing was changed. To bring it up to date the way it was installed: procrastinate-stalled install. To have it as an extension, without its rules and records: procrastinate-stalled uninstall; first.';
     END IF;
 
@@ -91,13 +92,25 @@ BEGIN
         JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
         WHERE class.relname = 'procrastinate_jobs' AND class.relkind IN ('r', 'p') AND class.relpersistence <> 't';
 
+    -- What is in a schema of that name is about to be called, and who may create schemas could have made it first, with
+    -- code of his own in it. And objects of two owners could be upgraded by neither.
+    IF present_owner <> current_user THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('schema "procrastinate_stalled" belongs to role "%s"', present_owner),
+            DETAIL = format('You are role "%s". Only its owner brings it up to date.', current_user),
+            HINT = 'Nothing was changed. Connect as that role. If you do not know why it made the schema, look at what is in it, and drop it.';
+    END IF;
+
     -- A dump creates extensions before tables: Procrastinate, and our own rows, come later. pg_dump and pg_restore begin
     -- with SET row_security = off, and nothing else tells a restore.
-    restoring := as_extension AND present_owner.oid IS NULL AND current_setting('row_security') = 'off';
+    restoring := as_extension
+        AND present_owner IS NULL
+        AND procrastinate_schemas IS NULL
+        AND current_setting('row_security') = 'off';
     PERFORM set_config('procrastinate_stalled.restoring', restoring::text, true);
     IF restoring THEN
-        procrastinate_schema := coalesce(wanted_schema, procrastinate_schemas[1], 'public');
-        PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
+        PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', coalesce(wanted_schema, 'public')), true);
         RETURN;
     END IF;
 
@@ -121,7 +134,7 @@ BEGIN
         procrastinate_schema := wanted_schema;
     ELSIF cardinality(procrastinate_schemas) = 1 THEN
         procrastinate_schema := procrastinate_schemas[1];
-    ELSIF present_schema = ANY (procrastinate_schemas) AND present_owner.rolname = current_user THEN
+    ELSIF present_schema = ANY (procrastinate_schemas) THEN
         procrastinate_schema := present_schema;
     ELSE
         SELECT namespace.nspname
@@ -131,7 +144,7 @@ BEGIN
             WHERE class.oid = found_by_path
                 AND namespace.nspname = ANY (procrastinate_schemas)
                 -- Not a table that somebody else put into the path: his triggers would run with the rights of our callers.
-                AND (cardinality(procrastinate_owners) = 1 OR class.relowner = current_user::regrole);
+                AND (cardinality(procrastinate_owners) = 1 OR pg_get_userbyid(class.relowner) = current_user);
         IF procrastinate_schema IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'invalid_schema_name',
@@ -169,30 +182,12 @@ BEGIN
             HINT = 'Upgrade to Procrastinate 3.1 or later and apply its migrations (pre and post) first.';
     END IF;
 
-    IF present_owner.oid IS NULL AND NOT has_database_privilege(current_database(), 'CREATE') THEN
+    IF present_owner IS NULL AND NOT has_database_privilege(current_database(), 'CREATE') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role "%s" may not create a schema in database "%s"', current_user, current_database()),
             DETAIL = 'Everything of procrastinate_stalled lives in one schema of that name.',
             HINT = format('As the owner of the database: GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user);
-    END IF;
-
-    -- What is in a schema of that name is about to be called. Who may create schemas could have made it first, with code of
-    -- his own in it. Who owns Procrastinate's tables needs no such trick.
-    IF NOT (
-        present_owner.rolname = current_user
-        OR present_owner.rolsuper
-        OR present_owner.oid = (
-            SELECT relowner
-                FROM pg_class
-                WHERE pg_class.oid = to_regclass(format('%I.procrastinate_jobs', procrastinate_schema))
-        )
-    ) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'insufficient_privilege',
-            MESSAGE = format('schema "procrastinate_stalled" belongs to role "%s"', present_owner.rolname),
-            DETAIL = format('Neither you nor the owner of "%s.procrastinate_jobs" made it. Code of that role would run with your rights.', procrastinate_schema),
-            HINT = format('Nothing was changed. Look at what is in it. Then drop it, or install as its owner: SET ROLE %I;', present_owner.rolname);
     END IF;
 
     PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
@@ -284,7 +279,9 @@ BEGIN
         WHERE class.relname = 'procrastinate_jobs'
             AND class.relkind IN ('r', 'p')
             AND class.relpersistence <> 't'
-            AND class.oid IS DISTINCT FROM to_regclass('procrastinate_jobs');
+            AND class.oid IS DISTINCT FROM to_regclass('procrastinate_jobs')
+            -- Not one that anybody has put there.
+            AND class.relowner = (SELECT nspowner FROM pg_namespace WHERE nspname = 'procrastinate_stalled');
     RAISE EXCEPTION USING
         ERRCODE = 'object_not_in_prerequisite_state',
         MESSAGE = format('there is no Procrastinate 3.1 or later in schema %s', schema),

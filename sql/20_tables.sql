@@ -141,8 +141,15 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rescues (
     rescued_by text NOT NULL DEFAULT (current_user || coalesce(' (' || nullif(current_setting('application_name'), '') || ')', ''))
 );
 
-CREATE INDEX IF NOT EXISTS rescues_job_id_idx ON procrastinate_stalled.rescues (job_id);
-CREATE INDEX IF NOT EXISTS rescues_rescued_at_idx ON procrastinate_stalled.rescues (rescued_at);
+DO $$
+BEGIN
+    -- CREATE INDEX IF NOT EXISTS locks the table before it looks.
+    IF to_regclass('procrastinate_stalled.rescues_rescued_at_idx') IS NULL THEN
+        CREATE INDEX rescues_job_id_idx ON procrastinate_stalled.rescues (job_id);
+        CREATE INDEX rescues_rescued_at_idx ON procrastinate_stalled.rescues (rescued_at);
+    END IF;
+END;
+$$;
 
 COMMENT ON TABLE procrastinate_stalled.rescues IS
     'One row per rescued job, written in the same statement as the job''s change. No foreign keys: the rows outlive their jobs.';
@@ -179,7 +186,13 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     error text
 );
 
-CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+DO $$
+BEGIN
+    IF to_regclass('procrastinate_stalled.sweeps_started_at_idx') IS NULL THEN
+        CREATE INDEX sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+    END IF;
+END;
+$$;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';

@@ -70,11 +70,12 @@ BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
-    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings)
-        AND has_table_privilege('procrastinate_stalled.settings', 'INSERT')
-        AND has_table_privilege('procrastinate_stalled.rules', 'INSERT')
-    THEN
-        PERFORM procrastinate_stalled._first_rows();
+    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
+        BEGIN
+            PERFORM procrastinate_stalled._first_rows();
+        EXCEPTION WHEN insufficient_privilege OR lock_not_available THEN
+            NULL; -- another sweep does it
+        END;
     END IF;
     PERFORM procrastinate_stalled._note_orphans();
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)

@@ -24,7 +24,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._job_name_elsewhere(
 )
     RETURNS text
     LANGUAGE plpgsql
-    STABLE
+    IMMUTABLE
     SET search_path FROM CURRENT
 AS $$
 BEGIN
@@ -99,10 +99,11 @@ BEGIN
                     ELSE format('On this server it lives in database "%s" (cron.database_name).', cron_database)
                 END,
                 HINT = format(
-                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as role "%s" with USAGE on schema cron and EXECUTE on this function: SELECT cron.schedule_in_database(%L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
                     CASE WHEN schedule <> '* * * * *' THEN format(' %L', schedule) ELSE '' END,
                     CASE WHEN cron_database = '' THEN '...' WHEN cron_database ~ '^\w+$' THEN cron_database ELSE quote_literal(cron_database) END,
-                    procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
+                    -- Not with the role as fifth argument: pg_cron refuses that to all but superusers, even where it is their own.
+                    current_user, procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(),
                     current_database(), 'CALL procrastinate_stalled.sweep()'
                 );
         END IF;

@@ -29,6 +29,9 @@ DECLARE
     cron_job record;
     astray record;
     astray_job_id bigint;
+    is_swept boolean := false;
+    -- It is swept, and this role may not do that itself: a monitor, who need not see who does.
+    only_looks boolean := false;
     cron_run record;
     last_sweep record;
     facts record;
@@ -149,11 +152,17 @@ BEGIN
         hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
-        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND (
+        is_swept := (
             SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at > now() - interval '1 hour'
-        ) THEN
+        );
+        only_looks := is_swept
+            AND NOT coalesce(has_function_privilege(to_regprocedure('procrastinate_stalled.sweep(integer)'), 'EXECUTE'), true);
+        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND is_swept THEN
             level := 'ok';
-            detail := detail || '; something else sweeps: see last_sweep';
+            detail := detail || CASE
+                WHEN only_looks THEN '; who sweeps is not visible to this role: see last_sweep'
+                ELSE '; something else sweeps: see last_sweep'
+            END;
             hint := NULL;
         END IF;
     EXCEPTION WHEN OTHERS THEN
@@ -210,7 +219,7 @@ BEGIN
         IF last_sweep.started_at IS NULL THEN
             level := 'warning';
             detail := 'there is no record of a sweep';
-            hint := 'SELECT procrastinate_stalled.schedule(); or: CALL procrastinate_stalled.sweep();';
+            hint := 'See the row schedule. By hand: CALL procrastinate_stalled.sweep();';
         ELSIF last_sweep.age < interval '-1 minute' THEN
             level := 'warning';
             detail := format('the last sweep was at %s, which lies in the future: a clock was wrong', last_sweep.started_at);
@@ -255,6 +264,10 @@ BEGIN
             hint := NULL;
         ELSIF pg_has_role(sweeping_role, 'pg_read_all_stats', 'USAGE') AND has_table_privilege(sweeping_role, 'pg_stat_activity', 'SELECT') THEN
             level := 'ok';
+            hint := NULL;
+        ELSIF only_looks AND cron_job_id IS NULL THEN
+            level := 'ok';
+            detail := detail || '; whether it has recovered from a crash or was promoted since is not visible to this role, nor whether the role that sweeps can see it';
             hint := NULL;
         ELSE
             level := 'warning';

@@ -37,8 +37,8 @@ BEGIN
                 'status', 'attempts', 'scheduled_at', 'queue_name', 'priority', 'lock', 'abort_requested', 'worker_id'
             ]::name[]) AS column_name
         UNION ALL
-        -- To lock the row of a worker takes the right to update some column. A value for this one, which is GENERATED
-        -- ALWAYS, can be chosen by nobody.
+        -- To lock the row of a worker takes the right to update some column. This one is GENERATED ALWAYS, so nobody can
+        -- choose its value. But SET id = DEFAULT gives a worker that has no jobs the next one, and its heartbeats get lost.
         SELECT 'procrastinate_workers', 'id', 'UPDATE', true
         UNION ALL
         -- Procrastinate's triggers write its events with the rights of who updates the job.
@@ -151,7 +151,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._grant(
 AS $$
 DECLARE
     lacking record;
-    statement text;
+    missing record;
 BEGIN
     -- GRANT takes the name public for everybody, quoted too; no role can have it.
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
@@ -182,12 +182,15 @@ BEGIN
             HINT = format('Nothing was granted. Call it as the owner of these objects (%s); if there are several, as a role that is a member of each; or as a superuser.', lacking.owners);
     END IF;
 
-    FOR statement IN
-        SELECT format('GRANT %s%s ON %s %s TO %I', needed.privilege, ' (' || quote_ident(needed.column_name) || ')', needed.kind, needed.object_name, role)
+    FOR missing IN
+        SELECT *
             FROM procrastinate_stalled._privileges(for_operator) AS needed
             WHERE procrastinate_stalled._has_privilege(current_user, needed.kind, needed.object, needed.column_name, needed.privilege || ' WITH GRANT OPTION')
     LOOP
-        EXECUTE statement;
+        EXECUTE format(
+            'GRANT %s%s ON %s %s TO %I',
+            missing.privilege, ' (' || quote_ident(missing.column_name) || ')', missing.kind, missing.object_name, role
+        );
     END LOOP;
 END;
 $$;

@@ -10,7 +10,13 @@ BEGIN
     FOR relation IN
         SELECT oid
             FROM pg_class
-            WHERE relnamespace = 'procrastinate_stalled'::regnamespace AND relkind IN ('r', 'S')
+            WHERE relnamespace = 'procrastinate_stalled'::regnamespace
+                AND relkind IN ('r', 'S')
+                AND EXISTS (
+                    SELECT
+                        FROM pg_depend
+                        WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e'
+                )
             ORDER BY oid
     LOOP
         PERFORM pg_extension_config_dump(relation, '');

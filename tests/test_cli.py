@@ -559,9 +559,7 @@ def test_schedule_prints_the_statement_for_the_other_database_where_pg_cron_live
 ) -> None:
     done = run("schedule", database=other_database_on_cron_server)
 
-    expect_error(
-        done, "pg_cron is not in database", hint="there, as a role that may: SELECT cron.schedule_in_database("
-    )
+    expect_error(done, "pg_cron is not in database", hint="EXECUTE on this function: SELECT cron.schedule_in_database(")
     statement = re.search(r"SELECT cron\.schedule_in_database\(.*?\);", done.stderr)
     assert statement is not None
     with psycopg.connect(cron_server.conninfo("cron")) as connection:
@@ -604,6 +602,19 @@ def test_status_exits_with_the_worst_level(cron_database: str) -> None:
         inactive = run("status", "--json", database=cron_database)
         assert inactive.returncode == ERROR
         assert levels(inactive)["schedule"] == "error"
+
+
+def test_a_monitor_is_told_that_all_is_well_while_somebody_sweeps(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("CREATE ROLE monitor LOGIN")
+    try:
+        succeed("grant-monitor", "monitor", database=database)
+        for expected in (WARNING, OK):
+            succeed("sweep", database=database)
+            assert run("status", database=make_conninfo(database, user="monitor")).returncode == expected
+    finally:
+        connection.execute("DROP OWNED BY monitor; DROP ROLE monitor")
 
 
 def test_status_shows_each_check_with_its_remedy_to_people(database: str, connection: psycopg.Connection[Any]) -> None:
@@ -936,6 +947,18 @@ def test_where_it_is_not_installed_each_command_says_how_to(command: list[str], 
     )
 
 
+def test_unschedule_names_the_command_that_works_without_the_schema(
+    database: str, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("DROP SCHEMA procrastinate_stalled CASCADE")
+
+    expect_error(
+        run("unschedule", database=database),
+        "procrastinate_stalled is not installed in this database",
+        hint="To remove a job that is left: procrastinate-stalled uninstall",
+    )
+
+
 def test_an_older_schema_is_an_error_that_says_how_to_upgrade(
     database: str, connection: psycopg.Connection[Any]
 ) -> None:
@@ -984,7 +1007,7 @@ def test_an_install_that_is_refused_shows_the_three_parts_of_the_error(empty_dat
     )
 
 
-def test_a_role_without_rights_is_told_which_role_to_use(server: Server, database: str) -> None:
+def test_a_role_without_rights_is_told_whom_to_ask_for_what(server: Server, database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("CREATE ROLE stranger LOGIN")
     try:
@@ -994,10 +1017,12 @@ def test_a_role_without_rights_is_told_which_role_to_use(server: Server, databas
             connection.execute("DROP ROLE stranger")
 
     assert done.returncode == FAILED
-    assert done.stderr.splitlines() == [
-        "Error: permission denied for schema procrastinate_stalled",
-        "Hint: Connect as the role that installed it, or as the owner of Procrastinate's tables.",
-    ]
+    error, hint = done.stderr.splitlines()
+    assert error == "Error: permission denied for schema procrastinate_stalled"
+    assert hint == (
+        "Hint: Ask the owner of schema procrastinate_stalled: procrastinate-stalled grant-monitor ROLE to look, "
+        "procrastinate-stalled grant-operator ROLE to retry too. Who may do the rest, and install: docs/privileges.md"
+    )
 
 
 @pytest.mark.parametrize(

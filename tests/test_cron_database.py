@@ -431,6 +431,24 @@ def test_the_right_to_see_crash_recoveries_is_asked_of_the_role_that_sweeps(ours
     assert "role ordinary cannot see" in detail
 
 
+def test_a_monitor_who_can_see_who_sweeps_is_warned_of_what_that_role_cannot_see(ours: str, ordinary: str) -> None:
+    schedule(ordinary, cron_database=f"user=postgres dbname={CRON}")
+    with psycopg.connect(ours, autocommit=True) as connection:
+        connection.execute("CREATE ROLE monitor LOGIN")
+        try:
+            Stalled(connection).grant_monitor("monitor")
+            connection.execute("INSERT INTO procrastinate_stalled.sweeps (duration) VALUES ('1 ms'), ('1 ms')")
+            monitor = make_conninfo(ours, user="monitor")
+
+            assert check(monitor, "available_since")[0] == "ok"
+            level, detail, _hint = check(monitor, "available_since", f"user=postgres dbname={CRON}")
+        finally:
+            connection.execute("DROP OWNED BY monitor; DROP ROLE monitor")
+
+    assert level == "warning"
+    assert "role ordinary cannot see" in detail
+
+
 def test_what_cannot_be_read_is_a_row_and_all_others_are_told(ours: str, ordinary: str) -> None:
     for database, cron_database, words in (
         (ours, "nowhere", 'no connection to the database of pg_cron: .*database "nowhere" does not exist'),
@@ -442,6 +460,7 @@ def test_what_cannot_be_read_is_a_row_and_all_others_are_told(ours: str, ordinar
         assert rows["schedule"]["level"] == "warning"
         assert re.match(words, rows["schedule"]["detail"], re.DOTALL)
         assert rows["schedule"]["hint"]
+        assert "Nothing was changed" not in rows["schedule"]["hint"]
         assert "last_run" not in rows
         assert rows["rules"]["level"] == "ok"
 

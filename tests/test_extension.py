@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, LiteralString
@@ -209,6 +210,19 @@ def test_of_several_procrastinates_the_setting_chooses_one(connection: Connectio
     assert status.detail.startswith("schema other,")
 
 
+def test_a_session_that_looks_like_a_restore_gets_the_same_where_procrastinate_is_there(
+    connection: Connection,
+) -> None:
+    connection.execute("CREATE SCHEMA aaa; CREATE TABLE aaa.procrastinate_jobs (); SET row_security = off")
+
+    with pytest.raises(psycopg.errors.InvalidSchemaName, match="several schemas"):
+        connection.execute("CREATE EXTENSION procrastinate_stalled")
+
+    connection.execute("DROP SCHEMA aaa CASCADE")
+    connection.execute("CREATE EXTENSION procrastinate_stalled")
+    assert rows(connection, "SELECT name FROM procrastinate_stalled.rules") == [{"name": "default"}]
+
+
 def test_the_script_given_to_psql_itself_does_nothing_and_says_what_to_do(database: str) -> None:
     before = dump(database)
     shared = subprocess.run(
@@ -245,8 +259,8 @@ def test_make_install_and_uninstall_leave_no_file_behind(extension_server: Serve
 
 def test_make_installcheck_is_green(extension_server: Server, tmp_path: Path) -> None:
     options = f"REGRESS_OPTS=--inputdir=tests/installcheck --outputdir={tmp_path}"
-    pg_config = f"PG_CONFIG={postgresql_program('pg_config')}"
-    command = ["make", "--no-print-directory", "--directory", str(PROJECT), "installcheck", options, pg_config]
+    pg_config, python = f"PG_CONFIG={postgresql_program('pg_config')}", f"PYTHON={sys.executable}"
+    command = ["make", "--no-print-directory", "--directory", str(PROJECT), "installcheck", options, pg_config, python]
 
     subprocess.run(command, check=True, env=environment(extension_server))
 

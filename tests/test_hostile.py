@@ -637,6 +637,18 @@ def squatted(not_installed: str) -> Iterator[str]:
             CREATE TABLE procrastinate_stalled.rules (name text, position integer, note text);
             CREATE TRIGGER write BEFORE INSERT ON procrastinate_stalled.rules
                 FOR EACH ROW EXECUTE FUNCTION procrastinate_stalled.write();
+            -- What yoyo reads before an install, and what an uninstall makes the yoyo command forget.
+            CREATE TABLE procrastinate_stalled._yoyo_version AS SELECT 2 AS version, now() AS installed_at_utc;
+            CREATE VIEW procrastinate_stalled._yoyo_migration AS
+                SELECT public.captured('a view')::text AS migration_hash, 'x' AS migration_id, now() AS applied_at_utc;
+            CREATE SCHEMA of_the_squatter;
+            CREATE TABLE of_the_squatter._yoyo_migration (migration_id text);
+            CREATE FUNCTION of_the_squatter.write() RETURNS trigger
+                LANGUAGE plpgsql AS $$ BEGIN PERFORM public.captured('a trigger'); RETURN NULL; END $$;
+            CREATE TRIGGER write BEFORE DELETE ON of_the_squatter._yoyo_migration
+                FOR EACH STATEMENT EXECUTE FUNCTION of_the_squatter.write();
+            GRANT USAGE ON SCHEMA procrastinate_stalled TO PUBLIC;
+            GRANT SELECT ON ALL TABLES IN SCHEMA procrastinate_stalled TO PUBLIC;
             RESET ROLE;
             """
         )

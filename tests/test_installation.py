@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import pglast
 import psycopg
@@ -20,7 +20,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from yoyo.migrations import read_sql_migration  # type: ignore[import-untyped]
 
 from procrastinate_stalled import Stalled, install, psql_script, uninstall
-from tests.jobs import add_stalled_job, add_worker, pretend_old_server
+from procrastinate_stalled.installation import migration_sql
+from tests.jobs import add_stalled_job, add_worker, pretend_old_server, rows
 from tests.server import PROJECT, Server, install_procrastinate
 from tests.wait import wait_until
 
@@ -177,6 +178,101 @@ def test_the_script_for_psql_leaves_nothing_when_it_fails(empty_database: str) -
 
     assert "Procrastinate is not installed" in error.value.stderr
     assert not is_installed(empty_database)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_script_without_a_transaction_changes_nothing(procrastinate_database: str, installed: bool) -> None:
+    if installed:
+        install(procrastinate_database)
+    before = dump(procrastinate_database)
+    script = "\\unset ON_ERROR_STOP\n" + migration_sql()
+
+    command = [postgresql_program("psql"), "--no-psqlrc", "--quiet", procrastinate_database]
+    done = subprocess.run(command, input=script, text=True, capture_output=True, check=False)
+
+    assert "ERROR:  this script must run in one transaction" in done.stderr
+    assert dump(procrastinate_database) == before
+
+
+def test_the_script_leaves_the_session_as_it_was(procrastinate_database: str) -> None:
+    with psycopg.connect(procrastinate_database) as connection:
+        before = rows(connection, SESSION)
+
+        connection.execute(migration_sql().encode())
+        connection.commit()
+
+        assert rows(connection, SESSION) == before
+
+
+SESSION: LiteralString = """
+SELECT name, setting FROM pg_settings WHERE name !~ '^(procrastinate_stalled|plpgsql)[.]' ORDER BY name
+"""
+
+
+def test_only_the_owner_brings_an_installation_up_to_date(owner: str) -> None:
+    install(owner)
+    before = dump(owner)
+    superuser = make_conninfo(owner, user="postgres")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="belongs to role") as refusal:
+        install(superuser)
+
+    assert "Connect as that role" in (refusal.value.diag.message_hint or "")
+    assert dump(owner) == before
+    assert install(owner) == []
+    assert uninstall(superuser) is True
+
+
+def test_an_installation_that_is_repeated_stays_with_its_procrastinate(empty_database: str) -> None:
+    with psycopg.connect(empty_database) as connection:
+        connection.execute("CREATE SCHEMA one; CREATE SCHEMA two; DROP SCHEMA public")
+    one, two = (make_conninfo(empty_database, options=f"-c search_path={schema}") for schema in ("one", "two"))
+    install_procrastinate(one)
+    install_procrastinate(two)
+    psql(one, psql_script())
+    before = dump_ours(empty_database)
+
+    for address in (two, empty_database):
+        psql(address, psql_script())
+        install(address)
+        assert dump_ours(empty_database) == before
+
+
+def test_a_role_of_any_name_installs_for_the_one_of_several_procrastinates_that_is_its_own(
+    empty_database: str,
+) -> None:
+    dbname = conninfo_to_dict(empty_database)["dbname"]
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(
+            f"""
+            CREATE ROLE "My.App" LOGIN;
+            GRANT CREATE ON DATABASE {dbname} TO "My.App";
+            CREATE SCHEMA mine AUTHORIZATION "My.App";
+            """.encode()
+        )
+        try:
+            install_procrastinate(empty_database)
+            mine = make_conninfo(empty_database, user="My.App", options="-c search_path=mine")
+            install_procrastinate(mine)
+
+            assert install(mine) == [FIRST]
+
+            with psycopg.connect(mine) as role:
+                assert rows(role, "SELECT detail FROM procrastinate_stalled.status() LIMIT 1")[0]["detail"].startswith(
+                    "schema mine,"
+                )
+        finally:
+            connection.execute('DROP OWNED BY "My.App" CASCADE; DROP ROLE "My.App"')
+
+
+def test_an_upgrade_does_not_wait_for_those_who_write_records(procrastinate_database: str) -> None:
+    install(procrastinate_database)
+    with psycopg.connect(procrastinate_database) as writer, psycopg.connect(procrastinate_database) as connection:
+        writer.execute("DELETE FROM procrastinate_stalled.rescues")
+        writer.execute("DELETE FROM procrastinate_stalled.sweeps")
+        connection.execute("SET deadlock_timeout = '10s'")
+
+        connection.execute(migration_sql().replace("'10s'", "'100ms'").encode())
 
 
 def test_an_install_takes_over_a_schema_that_psql_made_and_keeps_its_rows(procrastinate_database: str) -> None:
@@ -479,6 +575,44 @@ def test_an_uninstall_removes_the_job_of_pg_cron(cron_database: str) -> None:
         assert uninstall(cron_database) is True
 
         assert connection.execute("SELECT count(*) FROM cron.job").fetchone() == (0,)
+
+
+def test_an_uninstall_removes_the_job_of_pg_cron_also_when_the_schema_is_gone(cron_database: str) -> None:
+    with psycopg.connect(cron_database, autocommit=True) as connection:
+        Stalled(connection).schedule()
+        connection.execute("SELECT cron.schedule('of the application', '* * * * *', 'SELECT 1')")
+        connection.execute("DROP SCHEMA procrastinate_stalled CASCADE")
+
+        assert uninstall(cron_database) is True
+
+        assert connection.execute("SELECT jobname FROM cron.job").fetchall() == [("of the application",)]
+    assert uninstall(cron_database) is False
+
+
+def test_an_uninstall_warns_of_jobs_that_pg_cron_does_not_show(
+    cron_server: Server, cron_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    uninstall(cron_database)
+    with psycopg.connect(cron_database) as connection:
+        connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    for owner in _own(cron_server.conninfo(), cron_database):
+        with psycopg.connect(cron_database, autocommit=True) as connection:
+            connection.execute("CREATE ROLE sweeper")
+            connection.execute(f"GRANT USAGE ON SCHEMA cron TO {conninfo_to_dict(owner)['user']}".encode())
+            try:
+                install(owner)
+                connection.execute("GRANT EXECUTE ON PROCEDURE procrastinate_stalled.sweep TO sweeper")
+
+                assert uninstall(owner) is True
+
+                (warning,) = caplog.messages
+                assert "of another role that may sweep (sweeper)" in warning
+                caplog.clear()
+                install(owner)
+                uninstall(owner)
+                assert caplog.messages == []
+            finally:
+                connection.execute("DROP OWNED BY sweeper; DROP ROLE sweeper")
 
 
 def test_an_uninstall_by_an_ordinary_role_removes_its_job_of_pg_cron(cron_server: Server, cron_database: str) -> None:

@@ -184,7 +184,7 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         nothing,
         "warning",
         "there is no record of a sweep",
-        "CALL procrastinate_stalled.sweep();",
+        "See the row schedule. By hand: CALL procrastinate_stalled.sweep();",
     ),
     "a sweep": (
         "last_sweep",
@@ -843,6 +843,77 @@ def test_a_job_of_another_name_that_sweeps_this_database_is_a_schedule(scheduled
     with scheduled.transaction(force_rollback=True):
         scheduled.execute("UPDATE cron.job SET jobname = 'other'")
         assert check_rows(scheduled, NAMES_WITH_SCHEDULE)["schedule"].level == "ok"
+
+
+@pytest.fixture
+def role(cron: Connection) -> Iterator[str]:
+    """A role without any rights."""
+    cron.execute("CREATE ROLE somebody LOGIN")
+    yield "somebody"
+    cron.execute("DROP OWNED BY somebody; DROP ROLE somebody")
+
+
+Grant = Callable[[Connection, str], object]
+
+
+def let_look(cron: Connection, role: str) -> None:
+    Stalled(cron).grant_monitor(role)
+
+
+def let_retry(cron: Connection, role: str) -> None:
+    Stalled(cron).grant_operator(role)
+
+
+def let_look_and_use_pg_cron(cron: Connection, role: str) -> None:
+    Stalled(cron).grant_monitor(role)
+    cron.execute(f"GRANT USAGE ON SCHEMA cron TO {role}".encode())
+
+
+MAY_NOT_SWEEP: dict[str, tuple[Grant, str]] = {
+    "monitor": (let_look, 'role "somebody" may not use pg_cron'),
+    "operator": (let_retry, 'role "somebody" may not use pg_cron'),
+    "monitor who may use pg_cron": (
+        let_look_and_use_pg_cron,
+        'pg_cron has no job "procrastinate_stalled" that this role can see',
+    ),
+}
+
+
+@pytest.mark.parametrize(("grant", "reason"), MAY_NOT_SWEEP.values(), ids=MAY_NOT_SWEEP)
+def test_to_who_may_not_sweep_all_is_well_while_somebody_does(
+    cron_database: str, scheduled: Connection, role: str, grant: Grant, reason: str
+) -> None:
+    add_worker(scheduled)
+    add_sweep(scheduled, "2 minutes")
+    grant(scheduled, role)
+    with psycopg.connect(cron_database, user=role, autocommit=True) as connection:
+        # One sweep is no schedule.
+        levels = {name: row.level for name, row in check_rows(connection).items()}
+        assert levels == dict.fromkeys(NAMES, "ok") | {"schedule": "warning", "available_since": "warning"}
+
+        add_sweep(scheduled, "1 minute")
+
+        status = check_rows(connection)
+        assert {name: row.level for name, row in status.items()} == dict.fromkeys(NAMES, "ok")
+        assert status["schedule"].detail == f"{reason}; who sweeps is not visible to this role: see last_sweep"
+        assert "; whether it has recovered from a crash or was promoted since is not visible to this role" in (
+            status["available_since"].detail
+        )
+
+
+def test_who_may_sweep_is_warned_that_it_cannot_see_crash_recoveries(
+    cron_database: str, scheduled: Connection, role: str
+) -> None:
+    add_worker(scheduled)
+    for ago in ("2 minutes", "1 minute"):
+        add_sweep(scheduled, ago)
+    Stalled(scheduled).grant_operator(role)
+    scheduled.execute(f"GRANT EXECUTE ON PROCEDURE procrastinate_stalled.sweep TO {role}".encode())
+    with psycopg.connect(cron_database, user=role, autocommit=True) as connection:
+        status = check_rows(connection)
+    assert status["schedule"].detail.endswith("; something else sweeps: see last_sweep")
+    assert status["available_since"].level == "warning"
+    assert status["available_since"].hint == "As a superuser: GRANT pg_read_all_stats TO somebody;"
 
 
 def test_pg_cron_in_another_database_is_told(other_database_on_cron_server: str) -> None:

@@ -10,6 +10,12 @@ DO $$
 BEGIN
     PERFORM pg_catalog.set_config('procrastinate_stalled.found_by_path', coalesce(pg_catalog.to_regclass('procrastinate_jobs')::pg_catalog.oid::pg_catalog.text, ''), true);
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    -- An upgrade that waits for a lock makes others wait behind it.
+    PERFORM pg_catalog.set_config('lock_timeout', '10s', true);
+    -- Where each statement is a transaction of its own, all that follow fail now, and not just the next one; within one
+    -- transaction this changes nothing. The last statement of all takes it back.
+    PERFORM pg_catalog.set_config('procrastinate_stalled.read_only', pg_catalog.current_setting('default_transaction_read_only'), false);
+    PERFORM pg_catalog.set_config('default_transaction_read_only', 'on', false);
 END;
 $$;
 
@@ -19,7 +25,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'no_active_sql_transaction',
             MESSAGE = 'this script must run in one transaction',
-            DETAIL = 'The search_path that was set for one transaction is gone, and so that has ended.',
+            DETAIL = 'The settings of one transaction, which the functions keep, are gone; so everything that follows fails too.',
             HINT = 'psql --single-transaction --set ON_ERROR_STOP=1 --file ...; or: procrastinate-stalled install';
     END IF;
 END;
@@ -30,12 +36,7 @@ DECLARE
     wanted_schema CONSTANT text := nullif(current_setting('procrastinate_stalled.procrastinate_schema', true), '');
     found_by_path CONSTANT oid := nullif(current_setting('procrastinate_stalled.found_by_path', true), '')::oid;
     extension CONSTANT pg_extension := (SELECT extension FROM pg_extension AS extension WHERE extname = 'procrastinate_stalled');
-    present_owner CONSTANT pg_roles := (
-        SELECT role
-            FROM pg_namespace
-            JOIN pg_roles AS role ON role.oid = nspowner
-            WHERE nspname = 'procrastinate_stalled'
-    );
+    present_owner CONSTANT name := (SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = 'procrastinate_stalled');
     -- Where the functions that are there already look for Procrastinate.
     present_schema CONSTANT text := (
         SELECT namespace.nspname
@@ -67,7 +68,7 @@ BEGIN
             MESSAGE = format('procrastinate_stalled is installed as an extension in database "%s"', current_database()),
             DETAIL = format('It has version %s. Only CREATE, ALTER and DROP EXTENSION change what belongs to an extension.', extension.extversion),
             HINT = 'Nothing was changed. To bring it up to date: ALTER EXTENSION procrastinate_stalled UPDATE; To install it another way, without its rules and records: DROP EXTENSION procrastinate_stalled; first.';
-    ELSIF as_extension AND present_owner.oid IS NOT NULL AND NOT EXISTS (
+    ELSIF as_extension AND present_owner IS NOT NULL AND NOT EXISTS (
         SELECT
             FROM pg_depend
             WHERE classid = 'pg_namespace'::regclass
@@ -79,7 +80,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
             MESSAGE = format('procrastinate_stalled is already installed in database "%s", and not as an extension', current_database()),
-            DETAIL = format('There is a schema "procrastinate_stalled" of role "%s", made by its migrations or its script.', present_owner.rolname),
+            DETAIL = format('There is a schema "procrastinate_stalled" of role "%s", made by its migrations or its script.', present_owner),
             HINT = 'Nothing was changed. To bring it up to date the way it was installed: procrastinate-stalled install. To have it as an extension, without its rules and records: procrastinate-stalled uninstall; first.';
     END IF;
 
@@ -91,13 +92,25 @@ BEGIN
         JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
         WHERE class.relname = 'procrastinate_jobs' AND class.relkind IN ('r', 'p') AND class.relpersistence <> 't';
 
+    -- What is in a schema of that name is about to be called, and who may create schemas could have made it first, with
+    -- code of his own in it. And objects of two owners could be upgraded by neither.
+    IF present_owner <> current_user THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('schema "procrastinate_stalled" belongs to role "%s"', present_owner),
+            DETAIL = format('You are role "%s". Only its owner brings it up to date.', current_user),
+            HINT = 'Nothing was changed. Connect as that role. If you do not know why it made the schema, look at what is in it, and drop it.';
+    END IF;
+
     -- A dump creates extensions before tables: Procrastinate, and our own rows, come later. pg_dump and pg_restore begin
     -- with SET row_security = off, and nothing else tells a restore.
-    restoring := as_extension AND present_owner.oid IS NULL AND current_setting('row_security') = 'off';
+    restoring := as_extension
+        AND present_owner IS NULL
+        AND procrastinate_schemas IS NULL
+        AND current_setting('row_security') = 'off';
     PERFORM set_config('procrastinate_stalled.restoring', restoring::text, true);
     IF restoring THEN
-        procrastinate_schema := coalesce(wanted_schema, procrastinate_schemas[1], 'public');
-        PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
+        PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', coalesce(wanted_schema, 'public')), true);
         RETURN;
     END IF;
 
@@ -121,7 +134,7 @@ BEGIN
         procrastinate_schema := wanted_schema;
     ELSIF cardinality(procrastinate_schemas) = 1 THEN
         procrastinate_schema := procrastinate_schemas[1];
-    ELSIF present_schema = ANY (procrastinate_schemas) AND present_owner.rolname = current_user THEN
+    ELSIF present_schema = ANY (procrastinate_schemas) THEN
         procrastinate_schema := present_schema;
     ELSE
         SELECT namespace.nspname
@@ -131,7 +144,7 @@ BEGIN
             WHERE class.oid = found_by_path
                 AND namespace.nspname = ANY (procrastinate_schemas)
                 -- Not a table that somebody else put into the path: his triggers would run with the rights of our callers.
-                AND (cardinality(procrastinate_owners) = 1 OR class.relowner = current_user::regrole);
+                AND (cardinality(procrastinate_owners) = 1 OR pg_get_userbyid(class.relowner) = current_user);
         IF procrastinate_schema IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'invalid_schema_name',
@@ -169,30 +182,12 @@ BEGIN
             HINT = 'Upgrade to Procrastinate 3.1 or later and apply its migrations (pre and post) first.';
     END IF;
 
-    IF present_owner.oid IS NULL AND NOT has_database_privilege(current_database(), 'CREATE') THEN
+    IF present_owner IS NULL AND NOT has_database_privilege(current_database(), 'CREATE') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role "%s" may not create a schema in database "%s"', current_user, current_database()),
             DETAIL = 'Everything of procrastinate_stalled lives in one schema of that name.',
             HINT = format('As the owner of the database: GRANT CREATE ON DATABASE %I TO %I;', current_database(), current_user);
-    END IF;
-
-    -- What is in a schema of that name is about to be called. Who may create schemas could have made it first, with code of
-    -- his own in it. Who owns Procrastinate's tables needs no such trick.
-    IF NOT (
-        present_owner.rolname = current_user
-        OR present_owner.rolsuper
-        OR present_owner.oid = (
-            SELECT relowner
-                FROM pg_class
-                WHERE pg_class.oid = to_regclass(format('%I.procrastinate_jobs', procrastinate_schema))
-        )
-    ) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'insufficient_privilege',
-            MESSAGE = format('schema "procrastinate_stalled" belongs to role "%s"', present_owner.rolname),
-            DETAIL = format('Neither you nor the owner of "%s.procrastinate_jobs" made it. Code of that role would run with your rights.', procrastinate_schema),
-            HINT = format('Nothing was changed. Look at what is in it. Then drop it, or install as its owner: SET ROLE %I;', present_owner.rolname);
     END IF;
 
     PERFORM set_config('search_path', format('pg_catalog, %I, pg_temp', procrastinate_schema), true);
@@ -284,7 +279,9 @@ BEGIN
         WHERE class.relname = 'procrastinate_jobs'
             AND class.relkind IN ('r', 'p')
             AND class.relpersistence <> 't'
-            AND class.oid IS DISTINCT FROM to_regclass('procrastinate_jobs');
+            AND class.oid IS DISTINCT FROM to_regclass('procrastinate_jobs')
+            -- Not one that anybody has put there.
+            AND class.relowner = (SELECT nspowner FROM pg_namespace WHERE nspname = 'procrastinate_stalled');
     RAISE EXCEPTION USING
         ERRCODE = 'object_not_in_prerequisite_state',
         MESSAGE = format('there is no Procrastinate 3.1 or later in schema %s', schema),
@@ -504,8 +501,15 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rescues (
     rescued_by text NOT NULL DEFAULT (current_user || coalesce(' (' || nullif(current_setting('application_name'), '') || ')', ''))
 );
 
-CREATE INDEX IF NOT EXISTS rescues_job_id_idx ON procrastinate_stalled.rescues (job_id);
-CREATE INDEX IF NOT EXISTS rescues_rescued_at_idx ON procrastinate_stalled.rescues (rescued_at);
+DO $$
+BEGIN
+    -- CREATE INDEX IF NOT EXISTS locks the table before it looks.
+    IF to_regclass('procrastinate_stalled.rescues_rescued_at_idx') IS NULL THEN
+        CREATE INDEX rescues_job_id_idx ON procrastinate_stalled.rescues (job_id);
+        CREATE INDEX rescues_rescued_at_idx ON procrastinate_stalled.rescues (rescued_at);
+    END IF;
+END;
+$$;
 
 COMMENT ON TABLE procrastinate_stalled.rescues IS
     'One row per rescued job, written in the same statement as the job''s change. No foreign keys: the rows outlive their jobs.';
@@ -542,7 +546,13 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.sweeps (
     error text
 );
 
-CREATE INDEX IF NOT EXISTS sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+DO $$
+BEGIN
+    IF to_regclass('procrastinate_stalled.sweeps_started_at_idx') IS NULL THEN
+        CREATE INDEX sweeps_started_at_idx ON procrastinate_stalled.sweeps (started_at);
+    END IF;
+END;
+$$;
 
 COMMENT ON TABLE procrastinate_stalled.sweeps IS
     'One row per sweep, by sweep() or retry_stalled_jobs(). The counts are committed together with the rescues that they count.';
@@ -1994,11 +2004,12 @@ BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
-    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings)
-        AND has_table_privilege('procrastinate_stalled.settings', 'INSERT')
-        AND has_table_privilege('procrastinate_stalled.rules', 'INSERT')
-    THEN
-        PERFORM procrastinate_stalled._first_rows();
+    IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
+        BEGIN
+            PERFORM procrastinate_stalled._first_rows();
+        EXCEPTION WHEN insufficient_privilege OR lock_not_available THEN
+            NULL; -- another sweep does it
+        END;
     END IF;
     PERFORM procrastinate_stalled._note_orphans();
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
@@ -2495,7 +2506,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._job_name_elsewhere(
 )
     RETURNS text
     LANGUAGE plpgsql
-    STABLE
+    IMMUTABLE
     SET search_path FROM CURRENT
 AS $$
 BEGIN
@@ -2570,10 +2581,11 @@ BEGIN
                     ELSE format('On this server it lives in database "%s" (cron.database_name).', cron_database)
                 END,
                 HINT = format(
-                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as a role that may: SELECT cron.schedule_in_database(%L, %L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
+                    'In the shell: procrastinate-stalled schedule%s --cron-database %s   Or there, as role "%s" with USAGE on schema cron and EXECUTE on this function: SELECT cron.schedule_in_database(%L, %L, %L, %L);   To end it, there: SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %L AND command = %L;',
                     CASE WHEN schedule <> '* * * * *' THEN format(' %L', schedule) ELSE '' END,
                     CASE WHEN cron_database = '' THEN '...' WHEN cron_database ~ '^\w+$' THEN cron_database ELSE quote_literal(cron_database) END,
-                    procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(), current_user,
+                    -- Not with the role as fifth argument: pg_cron refuses that to all but superusers, even where it is their own.
+                    current_user, procrastinate_stalled._job_name_elsewhere(), schedule, 'CALL procrastinate_stalled.sweep()', current_database(),
                     current_database(), 'CALL procrastinate_stalled.sweep()'
                 );
         END IF;
@@ -2994,6 +3006,9 @@ DECLARE
     cron_job record;
     astray record;
     astray_job_id bigint;
+    is_swept boolean := false;
+    -- It is swept, and this role may not do that itself: a monitor, who need not see who does.
+    only_looks boolean := false;
     cron_run record;
     last_sweep record;
     facts record;
@@ -3114,11 +3129,17 @@ BEGIN
         hint := coalesce(nullif(hint, ''), rights || format(' And as a superuser: GRANT USAGE ON SCHEMA cron TO %1$I; GRANT SELECT ON cron.job TO %1$I;', current_user));
     END;
     BEGIN
-        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND (
+        is_swept := (
             SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at > now() - interval '1 hour'
-        ) THEN
+        );
+        only_looks := is_swept
+            AND NOT coalesce(has_function_privilege(to_regprocedure('procrastinate_stalled.sweep(integer)'), 'EXECUTE'), true);
+        IF level = 'warning' AND cron_job_id IS NULL AND astray_job_id IS NULL AND is_swept THEN
             level := 'ok';
-            detail := detail || '; something else sweeps: see last_sweep';
+            detail := detail || CASE
+                WHEN only_looks THEN '; who sweeps is not visible to this role: see last_sweep'
+                ELSE '; something else sweeps: see last_sweep'
+            END;
             hint := NULL;
         END IF;
     EXCEPTION WHEN OTHERS THEN
@@ -3175,7 +3196,7 @@ BEGIN
         IF last_sweep.started_at IS NULL THEN
             level := 'warning';
             detail := 'there is no record of a sweep';
-            hint := 'SELECT procrastinate_stalled.schedule(); or: CALL procrastinate_stalled.sweep();';
+            hint := 'See the row schedule. By hand: CALL procrastinate_stalled.sweep();';
         ELSIF last_sweep.age < interval '-1 minute' THEN
             level := 'warning';
             detail := format('the last sweep was at %s, which lies in the future: a clock was wrong', last_sweep.started_at);
@@ -3220,6 +3241,10 @@ BEGIN
             hint := NULL;
         ELSIF pg_has_role(sweeping_role, 'pg_read_all_stats', 'USAGE') AND has_table_privilege(sweeping_role, 'pg_stat_activity', 'SELECT') THEN
             level := 'ok';
+            hint := NULL;
+        ELSIF only_looks AND cron_job_id IS NULL THEN
+            level := 'ok';
+            detail := detail || '; whether it has recovered from a crash or was promoted since is not visible to this role, nor whether the role that sweeps can see it';
             hint := NULL;
         ELSE
             level := 'warning';
@@ -3454,8 +3479,8 @@ BEGIN
                 'status', 'attempts', 'scheduled_at', 'queue_name', 'priority', 'lock', 'abort_requested', 'worker_id'
             ]::name[]) AS column_name
         UNION ALL
-        -- To lock the row of a worker takes the right to update some column. A value for this one, which is GENERATED
-        -- ALWAYS, can be chosen by nobody.
+        -- To lock the row of a worker takes the right to update some column. This one is GENERATED ALWAYS, so nobody can
+        -- choose its value. But SET id = DEFAULT gives a worker that has no jobs the next one, and its heartbeats get lost.
         SELECT 'procrastinate_workers', 'id', 'UPDATE', true
         UNION ALL
         -- Procrastinate's triggers write its events with the rights of who updates the job.
@@ -3568,7 +3593,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._grant(
 AS $$
 DECLARE
     lacking record;
-    statement text;
+    missing record;
 BEGIN
     -- GRANT takes the name public for everybody, quoted too; no role can have it.
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
@@ -3599,12 +3624,15 @@ BEGIN
             HINT = format('Nothing was granted. Call it as the owner of these objects (%s); if there are several, as a role that is a member of each; or as a superuser.', lacking.owners);
     END IF;
 
-    FOR statement IN
-        SELECT format('GRANT %s%s ON %s %s TO %I', needed.privilege, ' (' || quote_ident(needed.column_name) || ')', needed.kind, needed.object_name, role)
+    FOR missing IN
+        SELECT *
             FROM procrastinate_stalled._privileges(for_operator) AS needed
             WHERE procrastinate_stalled._has_privilege(current_user, needed.kind, needed.object, needed.column_name, needed.privilege || ' WITH GRANT OPTION')
     LOOP
-        EXECUTE statement;
+        EXECUTE format(
+            'GRANT %s%s ON %s %s TO %I',
+            missing.privilege, ' (' || quote_ident(missing.column_name) || ')', missing.kind, missing.object_name, role
+        );
     END LOOP;
 END;
 $$;
@@ -3679,10 +3707,23 @@ BEGIN
     FOR relation IN
         SELECT oid
             FROM pg_class
-            WHERE relnamespace = 'procrastinate_stalled'::regnamespace AND relkind IN ('r', 'S')
+            WHERE relnamespace = 'procrastinate_stalled'::regnamespace
+                AND relkind IN ('r', 'S')
+                AND EXISTS (
+                    SELECT
+                        FROM pg_depend
+                        WHERE classid = 'pg_class'::regclass AND objid = pg_class.oid AND deptype = 'e'
+                )
             ORDER BY oid
     LOOP
         PERFORM pg_extension_config_dump(relation, '');
     END LOOP;
+END;
+$$;
+-- The end of the transaction that 10_prerequisites.sql wants.
+
+DO $$
+BEGIN
+    PERFORM set_config('default_transaction_read_only', current_setting('procrastinate_stalled.read_only'), false);
 END;
 $$;
