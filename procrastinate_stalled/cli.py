@@ -16,12 +16,15 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from procrastinate_stalled.rule_values import HOW_TO_WRITE_A_DURATION, REFUSED_COLUMNS, has_no_unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,13 +45,12 @@ SCHEMA = "procrastinate_stalled"
 # invalid_schema_name, undefined_table, undefined_function, undefined_column
 NOT_THERE = {"3F000", "42P01", "42883", "42703"}
 
-HOW_TO_WRITE_A_DURATION = "Write a duration as PostgreSQL does: 90 seconds, 5 min, 1 hour 30 min, 2 days."
-
 # Where the server gives no hint of its own.
 HINTS = {
     "22007": HOW_TO_WRITE_A_DURATION,
     "22015": HOW_TO_WRITE_A_DURATION,
-    "42501": "Connect as the role that installed it, or as the owner of Procrastinate's tables.",
+    "42501": f"Ask the owner of schema {SCHEMA}: procrastinate-stalled grant-monitor ROLE to look, "
+    "procrastinate-stalled grant-operator ROLE to retry too. Who may do the rest, and install: docs/privileges.md",
     "25006": "Connect to the primary.",
 }
 
@@ -56,6 +58,32 @@ EXIT_CODES = (
     "Exit codes: 0 all is well; 1 a warning (status, or an error that a sweep recorded); 2 an error in status; "
     "3 the command could not do what it was asked for."
 )
+
+
+@dataclass(frozen=True)
+class Program:
+    """The program that runs the commands: what its user must type."""
+
+    name: str = "procrastinate-stalled"
+    install: str = "procrastinate-stalled install"
+    uninstall: str = "procrastinate-stalled uninstall"
+    choose_database: str = (
+        "Name the database with --database-url, DATABASE_URL or the PG* variables: postgresql://user@host/database"
+    )
+
+    def named_in(self, text: str) -> str:
+        """Return a text that says ``procrastinate-stalled COMMAND`` with what runs that command here."""
+        others = {"install": self.install, "uninstall": self.uninstall}
+        return re.sub(
+            r"\bprocrastinate-stalled ([a-z][a-z-]*)",
+            lambda found: others.get(found[1], f"{self.name} {found[1]}"),
+            text,
+        )
+
+
+PROCRASTINATE_STALLED = Program()
+
+_program = ContextVar("_program", default=PROCRASTINATE_STALLED)
 
 app = typer.Typer(
     name="procrastinate-stalled",
@@ -148,8 +176,7 @@ def _time_text(text: str) -> str:
 
 
 def _duration_text(text: str) -> str:
-    # PostgreSQL takes a bare number for seconds. Who writes 90 means minutes as often as not.
-    if re.fullmatch(r"\s*[+-]?[\d.]+\s*", text) and text.strip() != "0":
+    if has_no_unit(text):
         raise typer.BadParameter(f"{text!r} has no unit. {HOW_TO_WRITE_A_DURATION}")
     return text
 
@@ -512,12 +539,19 @@ def schedule(
 @app.command()
 def unschedule(context: typer.Context, cron_database: CronDatabase = None) -> None:
     """Remove the pg_cron job."""
+    import psycopg
+
     from procrastinate_stalled import cron_database as elsewhere
     from procrastinate_stalled.client import Stalled
 
     with _connection(context) as connection:
         if cron_database is None:
-            removed = Stalled(connection).unschedule()
+            try:
+                removed = Stalled(connection).unschedule()
+            except psycopg.errors.InvalidSchemaName as error:
+                message, detail, _hint = _explain(error)
+                _complain("Error", message, detail, "To remove a job that is left: procrastinate-stalled uninstall")
+                raise typer.Exit(FAILED) from error
         else:
             removed = elsewhere.unschedule(connection, elsewhere.address(cron_database, context.obj))
     _print("Unscheduled." if removed else "Not scheduled, nothing to do.")
@@ -558,6 +592,7 @@ def status(context: typer.Context, cron_database: CronDatabase = None, as_json: 
             with elsewhere.told(connection, jobs):
                 checks = stalled.status()
         checks.append(_package_status(stalled.version()))
+    checks = [replace(check, hint=check.hint and _program.get().named_in(check.hint)) for check in checks]
     if as_json:
         _print_json([asdict(check) for check in checks])
     else:
@@ -581,6 +616,8 @@ def _jobs_of_pg_cron(connection: psycopg.Connection[Any], conninfo: str) -> dict
         return cron_database.read_jobs(connection, conninfo)
     except psycopg.Error as error:
         message, detail, hint = _explain(error)
+        # It reads only, and the commands that do not have the same hints.
+        hint = (hint or "").removeprefix("Nothing was changed. ")
         return {"problem": ": ".join(filter(None, (message, detail))), "hint": hint}
 
 
@@ -736,25 +773,15 @@ def _refused_values(connection: psycopg.Connection[Any], values: Mapping[str, st
         )
     except (psycopg.errors.CheckViolation, psycopg.errors.NotNullViolation, psycopg.DataError) as error:
         parameter = re.search(r"\$(\d+)", error.diag.context or "")
-        with connection.transaction():
-            connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-            described = dict(
-                connection.execute(
-                    """
-                    SELECT attribute.attname, col_description(attribute.attrelid, attribute.attnum)
-                        FROM pg_attribute AS attribute
-                        LEFT JOIN pg_constraint AS check_
-                            ON check_.conrelid = attribute.attrelid AND check_.conname = %(check)s
-                        WHERE attribute.attrelid = 'procrastinate_stalled.rules'::regclass
-                            AND (attribute.attname = %(column)s OR attribute.attnum = ANY (check_.conkey))
-                        ORDER BY attribute.attnum
-                    """,
-                    {
-                        "check": error.diag.constraint_name,
-                        "column": list(values)[int(parameter[1]) - 1] if parameter else error.diag.column_name,
-                    },
-                ).fetchall()
-            )
+        described = dict(
+            connection.execute(
+                REFUSED_COLUMNS,
+                {
+                    "constraint": error.diag.constraint_name,
+                    "column": list(values)[int(parameter[1]) - 1] if parameter else error.diag.column_name,
+                },
+            ).fetchall()
+        )
         if not described:
             raise
         refused = [
@@ -790,11 +817,19 @@ def _refuse_unknown_rule(connection: psycopg.Connection[Any], name: str) -> NoRe
 def main() -> None:
     """Run the command line and exit."""
     logging.getLogger("procrastinate_stalled").addHandler(_StderrHandler())
-    sys.exit(run(app, prog_name="procrastinate-stalled"))
+    sys.exit(run(app))
 
 
-def run(command: Callable[..., int | None], **options: Any) -> int:
+def run(command: Callable[..., int | None], program: Program = PROCRASTINATE_STALLED, **options: Any) -> int:
     """Run the commands of `app`, or some of them, and return the exit code. All errors have been printed then."""
+    token = _program.set(program)
+    try:
+        return _run(command, prog_name=program.name, **options)
+    finally:
+        _program.reset(token)
+
+
+def _run(command: Callable[..., int | None], **options: Any) -> int:
     # It would warn of the offset of _use_local_time, and write across the table of list --watch.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     # typer exports only some of the usage errors.
@@ -846,7 +881,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
     # An address that libpq does not understand, such as postgresql+psycopg://..., is quoted with its password.
     text = re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", str(error))
     detail = "\n".join(line.strip() for line in text.splitlines() if line.strip())
-    hint = "Name the database with --database-url, DATABASE_URL or the PG* variables: postgresql://user@host/database"
+    hint = _program.get().choose_database
     message = "no connection to the database"
     if isinstance(error, NoConnectionToCronDatabase):
         hint = "Name it with --cron-database: postgres, or postgresql://user@host/postgres"
@@ -913,7 +948,7 @@ def _complain(title: str, message: str, detail: str | None = None, hint: str | N
     if detail:
         console.print(detail, soft_wrap=True)
     if hint:
-        console.print(f"Hint: {hint}", soft_wrap=True)
+        console.print(f"Hint: {_program.get().named_in(hint)}", soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

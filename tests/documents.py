@@ -347,6 +347,10 @@ class Scene:
         with psycopg.connect(self.superuser, dbname="shop", autocommit=True) as connection:
             ended = "SELECT FROM procrastinate_stalled.sweeps WHERE duration IS NOT NULL"
             wait_until(lambda: connection.execute(ended).rowcount, "pg_cron has swept the other database", 120)
+        self._wait_until(
+            "SELECT FROM cron.job_run_details WHERE database = 'shop' AND status = 'succeeded'",
+            "pg_cron has noted its run",
+        )
 
     def setup_a_django_project_with_these_settings(self) -> None:
         """There is a project of Django with Procrastinate, which may use pg_cron, and whose settings say this too."""

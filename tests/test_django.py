@@ -1,9 +1,11 @@
 """The Django app in a real project: its migration, its command and its check. For the admin: test_django_admin.py."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -107,6 +109,48 @@ def test_there_is_a_migration_of_django_for_each_of_sql() -> None:
     of_django = [*PROJECT.glob("procrastinate_stalled/contrib/django/migrations/[0-9]*.py")]
 
     assert len(of_django) == len(of_sql)
+
+
+A_SECOND_MIGRATION = """
+from django.db import migrations
+
+from procrastinate_stalled.contrib.django.operations import Upgrade
+
+
+class Migration(migrations.Migration):
+    dependencies = [("procrastinate_stalled", "0001_initial")]
+    operations = [Upgrade()]
+"""
+
+
+def test_to_take_back_a_second_migration_leaves_the_schema_and_its_rows(
+    without_ours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(PROJECT / "procrastinate_stalled" / "contrib" / "django" / "migrations", tmp_path / "of_later")
+    (tmp_path / "of_later" / "0002_later.py").write_text(A_SECOND_MIGRATION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def migrate(*target: str) -> None:
+        manage(default(without_ours), *OURS, *target, MIGRATION_MODULES={"procrastinate_stalled": "of_later"})
+
+    migrate("0001")
+    with psycopg.connect(without_ours) as connection:
+        connection.execute("UPDATE procrastinate_stalled.rules SET name = 'mine'")
+        # What the second migration has to bring.
+        connection.execute("DROP FUNCTION procrastinate_stalled.version()")
+
+    migrate()
+    with psycopg.connect(without_ours) as connection:
+        connection.execute("SELECT procrastinate_stalled.version()")
+    before = dump_ours(without_ours)
+
+    migrate("0001")
+    assert dump_ours(without_ours) == before
+    with psycopg.connect(without_ours) as connection:
+        assert connection.execute("SELECT name FROM procrastinate_stalled.rules").fetchall() == [("mine",)]
+
+    migrate("zero")
+    assert not is_installed(without_ours)
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
@@ -215,6 +259,11 @@ def run_command(
     )
 
 
+def unframed(text: str) -> str:
+    """A help text without the spaces around its lines."""
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
 def test_the_command_sweeps_the_database_of_procrastinate(database: str) -> None:
     with psycopg.connect(database) as connection:
         job = add_stalled_job(connection)
@@ -244,6 +293,8 @@ def test_without_a_command_the_commands_are_listed_except_those_that_migrate_sta
     listed = run_command(database).stdout
 
     assert "manage.py procrastinate_stalled" in listed
+    assert "To install: manage.py migrate --database=jobs procrastinate_stalled\n" in unframed(listed)
+    assert "To uninstall: manage.py migrate --database=jobs procrastinate_stalled zero\n" in unframed(listed)
     assert "sweep" in listed
     assert "--database-url" not in listed
     for name in ("install", "uninstall", "sql"):
@@ -253,6 +304,40 @@ def test_without_a_command_the_commands_are_listed_except_those_that_migrate_sta
 
 def test_the_help_of_a_command_is_that_of_the_command_line(database: str) -> None:
     assert "--seconds-since-heartbeat" in run_command(database, "list", "--help").stdout
+
+
+@pytest.mark.parametrize("command", [("list",), ("schedule",), ("rules",), ("rules", "add")], ids=" ".join)
+def test_the_examples_of_a_command_are_what_one_types_here(database: str, command: tuple[str, ...]) -> None:
+    examples = run_command(database, *command, "--help").stdout.partition("Example")[2]
+
+    assert f"manage.py procrastinate_stalled {' '.join(command)}" in examples
+    assert "procrastinate-stalled" not in examples
+
+
+def test_the_hints_are_what_one_types_here(server: Server, procrastinate_database: str) -> None:
+    not_installed = run_command(procrastinate_database, "list", exit_code=3).stderr
+    assert "bring it up to date: manage.py migrate --database=jobs procrastinate_stalled\n" in not_installed
+
+    no_database = run_command(server.conninfo(), "list", exit_code=3, NAME="there_is_none").stderr
+    assert 'Hint: Correct the setting DATABASES["jobs"]' in no_database
+
+    install(procrastinate_database)
+    no_rule = run_command(procrastinate_database, "rules", "remove", "mine", exit_code=3).stderr
+    assert "Hint: Add it: manage.py procrastinate_stalled rules add\n" in no_rule
+
+    with psycopg.connect(procrastinate_database) as connection:
+        connection.execute(
+            "CREATE OR REPLACE FUNCTION procrastinate_stalled.version() RETURNS text LANGUAGE sql RETURN '0.0.9'"
+        )
+    as_text = run_command(procrastinate_database, "status", exit_code=1).stdout
+    as_json = json.loads(run_command(procrastinate_database, "status", "--json", exit_code=1).stdout)
+    hint = "bring the database up to date: manage.py migrate --database=jobs procrastinate_stalled"
+    assert f"{hint}\n" in as_text
+    assert as_json[-1]["hint"].endswith(hint)
+    # Those of the server too.
+    (schedule,) = (check["hint"] for check in as_json if check["name"] == "schedule")
+    assert "manage.py procrastinate_stalled sweep" in schedule
+    assert "procrastinate-stalled" not in as_text
 
 
 def test_the_command_takes_the_role_that_django_assumes(server: Server, database: str) -> None:
@@ -281,7 +366,8 @@ def test_the_check_warns_when_nothing_is_scheduled_and_nothing_sweeps(migrated: 
 
     assert "(procrastinate_stalled.W001) Nothing puts the stalled jobs of Procrastinate back: pg_cron is not" in warning
     assert "there is no record of a sweep." in warning
-    assert "HINT: " in warning
+    assert "HINT: manage.py procrastinate_stalled schedule" in warning
+    assert "--cron-database" in warning
 
 
 def test_the_check_is_content_when_something_has_swept(migrated: str) -> None:
@@ -342,3 +428,15 @@ def test_the_check_warns_when_a_router_forbids_the_migration(server: Server, mig
         assert not is_installed(jobs)
         assert '(procrastinate_stalled.W002) The schema procrastinate_stalled is not in database "jobs"' in warning
         assert "a router forbids it" in warning
+
+
+def test_without_the_app_of_procrastinate_the_check_says_what_is_missing(without_ours: str) -> None:
+    apps = [f"django.contrib.{name}" for name in ("admin", "auth", "contenttypes", "messages", "sessions")]
+    apps.append("procrastinate_stalled.contrib.django")
+
+    for command in (("check",), ("check", "procrastinate_stalled"), ("migrate",)):
+        refusal = manage(default(without_ours), *command, exit_code=1, INSTALLED_APPS=apps).stderr
+        assert "(procrastinate_stalled.E001) procrastinate_stalled.contrib.django is in INSTALLED_APPS" in refusal
+        assert 'HINT: Add "procrastinate.contrib.django" to INSTALLED_APPS' in refusal
+    assert not is_installed(without_ours)
+    assert manage(default(without_ours), "check", "auth", INSTALLED_APPS=apps).stderr == ""

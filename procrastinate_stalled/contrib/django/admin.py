@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +12,9 @@ from django.core.exceptions import ValidationError
 from django.db import DataError, connections, models, transaction
 from django.utils.html import escape
 
-from procrastinate_stalled.cli import HOW_TO_WRITE_A_DURATION
 from procrastinate_stalled.contrib.django.database import database_alias
-from procrastinate_stalled.contrib.django.models import Rescue, Rule, Sweep, comments_on_rules
+from procrastinate_stalled.contrib.django.models import Rescue, Rule, Sweep, help_for_rules
+from procrastinate_stalled.rule_values import HOW_TO_WRITE_A_DURATION, has_no_unit
 
 
 def in_words(duration: timedelta | None) -> str | None:
@@ -46,7 +45,7 @@ class DurationInWords(forms.Field):
         text = value.strip()
         if not text:
             return None
-        if re.fullmatch(r"[+-]?[\d.]+", text) and text != "0":
+        if has_no_unit(text):
             raise ValidationError(self.error_messages["invalid"], code="invalid")
         alias = database_alias()
         try:
@@ -114,10 +113,10 @@ class RuleAdmin(admin.ModelAdmin):
     def get_form(self, request: Any, obj: Rule | None = None, change: bool = False, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002, RUF100
         """Return the form, with the comments of the database as its help."""
         form = super().get_form(request, obj, change, **kwargs)
-        comments = comments_on_rules()
+        help_texts = help_for_rules()
         for name, field in form.base_fields.items():
             # Django takes the help for HTML.
-            field.help_text = escape(comments.get(name) or "")
+            field.help_text = escape(help_texts.get(name, ""))
         return form
 
     def formfield_for_dbfield(self, db_field: Any, request: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,12 @@
-"""The system checks. They ask the database, so they run only with ``check --database``, ``migrate`` and tests."""
+"""The system checks. Those that ask the database run only with ``check --database``, ``migrate`` and tests."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from django.apps import apps
 from django.core import mail
+from django.core.checks import Error as CheckError
 from django.core.checks import Tags, Warning, register  # noqa: A004
 from django.db import Error, connections, transaction
 from django.db.migrations.recorder import MigrationRecorder
@@ -13,6 +15,20 @@ from procrastinate_stalled.contrib.django.database import database_alias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+@register
+def check_that_procrastinate_is_an_app(app_configs: Sequence[Any] | None, **_options: Any) -> list[Any]:
+    """Say what is missing, before the migrations say which one of theirs is."""
+    if not _is_asked_for(app_configs) or apps.is_installed("procrastinate.contrib.django"):
+        return []
+    return [
+        CheckError(
+            "procrastinate_stalled.contrib.django is in INSTALLED_APPS, and procrastinate.contrib.django is not.",
+            hint='Add "procrastinate.contrib.django" to INSTALLED_APPS: the migration needs the tables that it makes.',
+            id="procrastinate_stalled.E001",
+        )
+    ]
 
 
 @register(Tags.database)
@@ -25,15 +41,24 @@ def check_that_something_sweeps(
     within a test, for which nothing is ever scheduled.
     """
     alias = database_alias()
-    asked_for = app_configs is None or any(config.label == "procrastinate_stalled" for config in app_configs)
+    # Django's setup_test_environment(), which pytest-django calls too, makes the outbox; nothing else does.
     in_a_test = hasattr(mail, "outbox")
-    if not asked_for or alias not in (databases or ()) or in_a_test or connections[alias].vendor != "postgresql":
+    if (
+        not _is_asked_for(app_configs)
+        or alias not in (databases or ())
+        or in_a_test
+        or connections[alias].vendor != "postgresql"
+    ):
         return []
     try:
         with transaction.atomic(using=alias):
             return _warnings(alias)
     except Error:
         return []
+
+
+def _is_asked_for(app_configs: Sequence[Any] | None) -> bool:
+    return app_configs is None or any(config.label == "procrastinate_stalled" for config in app_configs)
 
 
 def _warnings(alias: str) -> list[Any]:
@@ -62,8 +87,9 @@ def _warnings(alias: str) -> list[Any]:
     return [
         Warning(
             f"Nothing puts the stalled jobs of Procrastinate back: {schedule[1]}; {last_sweep[1]}.",
-            hint="manage.py procrastinate_stalled schedule lets pg_cron do it. Where there is no pg_cron, run "
-            "manage.py procrastinate_stalled sweep every few minutes, or add the periodic task.",
+            hint="manage.py procrastinate_stalled schedule lets pg_cron do it; if pg_cron is in another database of "
+            "the server, with --cron-database. Where there is no pg_cron, run manage.py procrastinate_stalled sweep "
+            "every few minutes, or add the periodic task.",
             id="procrastinate_stalled.W001",
         )
     ]

@@ -15,6 +15,7 @@ from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 from django.db import DatabaseError, connections, models, transaction
 
 from procrastinate_stalled.contrib.django.database import database_alias
+from procrastinate_stalled.rule_values import REFUSED_COLUMNS
 
 RULES = '"procrastinate_stalled"."rules"'
 
@@ -156,8 +157,8 @@ class Sweep(models.Model):
         return f"Sweep {self.id}"
 
 
-def comments_on_rules() -> dict[str, str]:
-    """Return the comment of each column of the table of rules."""
+def help_for_rules() -> dict[str, str]:
+    """Return what the comment of each column of the table of rules tells who fills in a form."""
     with connections[database_alias()].cursor() as cursor:
         cursor.execute(
             """
@@ -167,28 +168,25 @@ def comments_on_rules() -> dict[str, str]:
             """,
             [RULES],
         )
-        return dict(cursor.fetchall())
+        return {column: _in_a_form(comment) for column, comment in cursor.fetchall()}
+
+
+def _in_a_form(comment: str | None) -> str:
+    """Return the comment of a column for people to whom NULL is a field that they leave empty."""
+    return (comment or "").replace("NULL:", "Empty:")
 
 
 def _refusal(error: DatabaseError, alias: str) -> dict[str, str]:
     """Return what to tell about an error of the database, by field."""
     diagnostic = getattr(error.__cause__, "diag", None)
     message = getattr(diagnostic, "message_primary", None) or str(error)
-    columns = [diagnostic.column_name] if diagnostic and diagnostic.column_name else []
-    if diagnostic and diagnostic.constraint_name:
-        with connections[alias].cursor() as cursor:
-            cursor.execute(
-                """
-                SELECT attribute.attname
-                    FROM pg_catalog.pg_constraint AS refusing
-                    JOIN pg_catalog.pg_attribute AS attribute
-                        ON attribute.attrelid = refusing.conrelid AND attribute.attnum = ANY (refusing.conkey)
-                    WHERE refusing.conrelid = pg_catalog.to_regclass(%s) AND refusing.conname = %s
-                """,
-                [RULES, diagnostic.constraint_name],
-            )
-            columns = [column for (column,) in cursor.fetchall()]
-    comments = comments_on_rules()
-    return {column: f"The database refuses this: {message}. {comments[column]}" for column in columns} or {
+    refusing = {
+        "constraint": getattr(diagnostic, "constraint_name", None),
+        "column": getattr(diagnostic, "column_name", None),
+    }
+    with connections[alias].cursor() as cursor:
+        cursor.execute(REFUSED_COLUMNS, refusing)
+        refused = cursor.fetchall()
+    return {column: f"The database refuses this: {message}. {_in_a_form(comment)}" for column, comment in refused} or {
         NON_FIELD_ERRORS: f"The database refuses this: {message}"
     }

@@ -50,7 +50,7 @@ class Install(Operation):
         _run(app_label, schema_editor, migration_sql())
 
     def database_backwards(self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any) -> None:  # noqa: ARG002
-        """Remove the pg_cron job and the schema with all that is in it."""
+        """Remove the schema with all that is in it, and the pg_cron job if pg_cron is in this database."""
         from procrastinate_stalled.installation import rollback_sql
 
         _run(app_label, schema_editor, rollback_sql())
@@ -58,6 +58,20 @@ class Install(Operation):
     def describe(self) -> str:
         """Return what `migrate --plan` prints."""
         return "Install the schema procrastinate_stalled into the database of Procrastinate"
+
+
+class Upgrade(Install):
+    """Bring the schema ``procrastinate_stalled`` up to date; backwards, leave it as it is.
+
+    It belongs into every migration after the first one: to take that one back must remove no rules and no records.
+    """
+
+    def database_backwards(self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any) -> None:
+        """Change nothing."""
+
+    def describe(self) -> str:
+        """Return what `migrate --plan` prints."""
+        return "Bring the schema procrastinate_stalled in the database of Procrastinate up to date"
 
 
 def _run(app_label: str, schema_editor: Any, script: str) -> None:

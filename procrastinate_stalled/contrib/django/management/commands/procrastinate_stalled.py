@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand
 from typer.main import get_command
 
 from procrastinate_stalled import cli
-from procrastinate_stalled.contrib.django.database import conninfo
+from procrastinate_stalled.contrib.django.database import conninfo, database_alias
 
 # manage.py migrate and sqlmigrate do this.
 NOT_IN_DJANGO = ("install", "uninstall", "sql")
@@ -34,15 +34,33 @@ class Command(BaseCommand):
 
     def handle(self, *_args: Any, **options: Any) -> None:
         """Run it. An exit code other than 0 means what it means there."""
+        alias = database_alias()
+        migrate = f"manage.py migrate --database={alias} procrastinate_stalled"
+        program = cli.Program(
+            name="manage.py procrastinate_stalled",
+            install=migrate,
+            uninstall=f"{migrate} zero",
+            choose_database=f'Correct the setting DATABASES["{alias}"], or PROCRASTINATE_DATABASE_ALIAS, its name.',
+        )
         commands: Any = get_command(cli.app)
         for name in NOT_IN_DJANGO:
             del commands.commands[name]
-        commands.epilog = f"To install and uninstall: manage.py migrate procrastinate_stalled\n\n{cli.EXIT_CODES}"
+        _name_in_examples(commands, program)
+        commands.epilog = (
+            f"To install: {program.install}\n\nTo uninstall: {program.uninstall}\n\n"
+            f"pg_cron in another database: see --cron-database of schedule, unschedule and status\n\n{cli.EXIT_CODES}"
+        )
         for parameter in commands.params:
             parameter.hidden = parameter.name == "database_url"
         # Passed to a function, so no other process sees the password.
         arguments = ["--database-url", conninfo(), *(options["arguments"] or ["--help"])]
         with redirect_stdout(options.get("stdout") or sys.stdout), redirect_stderr(options.get("stderr") or sys.stderr):
-            code = cli.run(commands, args=arguments, prog_name="manage.py procrastinate_stalled")
+            code = cli.run(commands, program, args=arguments)
         if code:
             sys.exit(code)
+
+
+def _name_in_examples(command: Any, program: cli.Program) -> None:
+    command.epilog = command.epilog and program.named_in(command.epilog)
+    for subcommand in getattr(command, "commands", {}).values():
+        _name_in_examples(subcommand, program)
