@@ -23,6 +23,8 @@ from tests.worker import Worker, start_worker
 
 # Whatever ends the tests ends them as Ctrl-C does, so that no server is left behind.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+# Who starts them in the background lets them ignore Ctrl-C, and whatever they start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Connect = Callable[..., psycopg.Connection[Any]]
 RunWorker = Callable[..., Worker]
