@@ -29,7 +29,10 @@ PG_CTL = PROJECT / "scripts" / "pg_ctl"
 # For measurements: it writes to the disk as a server of yours does. PostgreSQLExecutor alone would switch fsync off.
 DURABLE = {"fsync": "on", "max_connections": "200", "lc_messages": "C", "timezone": "UTC"}
 # For the rest: what a server that lives for minutes can do without.
-FAST = DURABLE | {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+FAST = DURABLE | {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_wal_size": "128MB"}
+# Most of a test's time would go into copying a database on a disk.
+MEMORY = Path("/dev/shm")
+ENOUGH_MEMORY = 8 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,13 @@ def throwaway_server(cron_database: str | None = None, settings: dict[str, str] 
     settings :
         What to set in its configuration.
     """
-    folder = Path(tempfile.mkdtemp(prefix="procrastinate-stalled-"))
+    in_memory = (
+        settings is FAST
+        and "TMPDIR" not in os.environ
+        and os.access(MEMORY, os.W_OK)
+        and shutil.disk_usage(MEMORY).free > ENOUGH_MEMORY
+    )
+    folder = Path(tempfile.mkdtemp(prefix="procrastinate-stalled-", dir=MEMORY if in_memory else None))
     try:
         if os.geteuid() == 0:  # scripts/pg_ctl runs as this user then
             postgres = pwd.getpwnam("postgres")
