@@ -13,7 +13,7 @@ demo: prepare ## Lose a worker to SIGKILL and see its job rescued by PostgreSQL 
 	@$(BIN)/python -m demo
 
 test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
-	@$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
+	@$(BIN)/pytest -n 6 --dist worksteal $(ARGS)
 
 test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"
 	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)
