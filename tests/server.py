@@ -28,8 +28,15 @@ PG_CTL = PROJECT / "scripts" / "pg_ctl"
 
 # For measurements: it writes to the disk as a server of yours does. PostgreSQLExecutor alone would switch fsync off.
 DURABLE = {"fsync": "on", "max_connections": "200", "lc_messages": "C", "timezone": "UTC"}
-# For the rest: what a server that lives for minutes can do without.
-FAST = DURABLE | {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_wal_size": "128MB"}
+# For the rest: what a server that lives for minutes can do without. Autovacuum would also bring other plans in the middle
+# of a test, in which rows are locked at another moment.
+FAST = DURABLE | {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_wal_size": "128MB",
+    "autovacuum": "off",
+}
 # Most of a test's time would go into copying a database on a disk.
 MEMORY = Path("/dev/shm")
 ENOUGH_MEMORY = 8 << 30  # bytes
