@@ -1,7 +1,7 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench cases clean
+.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick cases clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,11 @@ migration: ## Assemble the next migration from sql/[0-9]*.sql
 release: ## Freeze the migration of this version
 	@scripts/assemble-migration --release
 
-bench: prepare ## Compare with Procrastinate's documented way
-	@$(BIN)/python -m benchmarks
+bench: prepare ## Measure all that docs/speed.md tells, in an hour; a part with CASES="pickup retry_10k"
+	@$(BIN)/python -m benchmarks $(CASES)
+
+bench-quick: prepare ## The same at a tenth of the size, in five minutes
+	@$(BIN)/python -m benchmarks --quick $(CASES)
 
 cases: prepare ## Count the jobs of living workers that run twice, by case and product
 	@$(BIN)/python -m tests.living_workers
@@ -53,6 +56,6 @@ installcheck: $(if $(filter $(BIN)/%,$(PYTHON)),prepare)
 else
 
 clean: ## Remove everything that the other targets made
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .matrix build dist
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .matrix .bench build dist
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 endif

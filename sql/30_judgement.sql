@@ -27,23 +27,37 @@ COMMENT ON FUNCTION procrastinate_stalled._seconds(text, double precision) IS
     'The argument as an interval; NULL for NULL. Raises invalid_parameter_value unless it is above 0 and at most 100 years.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._snapshot_is_held()
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT
+            FROM pg_stat_activity
+            WHERE backend_xmin IS NOT NULL AND xact_start < now() - interval '10 seconds'
+    );
+EXCEPTION WHEN insufficient_privilege THEN
+    -- Some take the whole view away from PUBLIC.
+    RETURN false;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._snapshot_is_held() IS
+    'Whether a session has held a snapshot for 10 seconds. Of other roles'' sessions only members of pg_read_all_stats can see it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
-    job_ids bigint[]
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL,
+    seconds_since_heartbeat interval DEFAULT NULL,
+    nb_seconds interval DEFAULT NULL,
+    OUT ids bigint[],
+    OUT orphan_ids bigint[],
+    OUT suspect_ids bigint[]
 )
-    RETURNS TABLE (
-        id bigint,
-        queue_name text,
-        task_name text,
-        priority integer,
-        lock text,
-        queueing_lock text,
-        args jsonb,
-        status text,
-        scheduled_at timestamp with time zone,
-        attempts integer,
-        abort_requested boolean,
-        worker_id bigint
-    )
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
@@ -51,30 +65,64 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
     -- bitmap scan reads them all again each time, until the next vacuum. The planner counts a scan that is off but
     -- has no alternative as immensely dear, which would start the JIT compiler: 0.3 s a query.
     SET enable_bitmapscan = off
+    SET enable_indexscan = on
     SET enable_seqscan = off
     SET jit = off
+    SET plan_cache_mode = force_custom_plan
 AS $$
 #variable_conflict use_column
+DECLARE
+    -- As in _judge(): what the shortest patience with a silent worker is, and whether some rule limits the run.
+    patience interval := _doing_jobs.seconds_since_heartbeat;
+    runs_are_limited boolean := _doing_jobs.nb_seconds IS NOT NULL;
+    by_rules CONSTANT boolean := patience IS NULL AND NOT runs_are_limited;
 BEGIN
-    IF job_ids IS NULL THEN
-        RETURN QUERY
-            SELECT id, queue_name::text, task_name::text, priority, lock, queueing_lock, args, status::text,
-                   scheduled_at, attempts, abort_requested, worker_id
-                FROM procrastinate_jobs
-                WHERE status = 'doing';
-    ELSE
-        RETURN QUERY
-            SELECT id, queue_name::text, task_name::text, priority, lock, queueing_lock, args, status::text,
-                   scheduled_at, attempts, abort_requested, worker_id
-                FROM procrastinate_jobs
-                -- As text, so that no partial index fits and the primary key is taken.
-                WHERE id = ANY (job_ids) AND status::text = 'doing';
+    IF by_rules THEN
+        SELECT min(heartbeat_timeout), count(run_timeout) > 0
+            INTO patience, runs_are_limited
+            FROM procrastinate_stalled.rules
+            WHERE enabled AND action <> 'ignore' AND (expires_at IS NULL OR expires_at > now());
     END IF;
+
+    -- What died since cannot be marked then. A bitmap scan reads the table in its own order, a plain scan in that of the
+    -- locks, which takes ten times as long.
+    IF procrastinate_stalled._snapshot_is_held() THEN
+        PERFORM set_config('enable_bitmapscan', 'on', true), set_config('enable_indexscan', 'off', true);
+    END IF;
+
+    SELECT coalesce(array_agg(id) FILTER (WHERE is_asked_for), '{}'),
+           coalesce(array_agg(id) FILTER (WHERE worker_id IS NULL), '{}'),
+           coalesce(array_agg(id) FILTER (WHERE is_asked_for AND (
+               worker_id IS NULL
+               OR worker_id IN (
+                   SELECT worker.id
+                       FROM procrastinate_workers AS worker
+                       WHERE worker.last_heartbeat <= now() - patience
+               )
+               OR (runs_are_limited AND (NOT by_rules OR EXISTS (
+                   SELECT
+                       FROM procrastinate_stalled.rules AS rule
+                       WHERE rule.enabled
+                           AND rule.run_timeout IS NOT NULL
+                           AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                           AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
+                           AND (rule.args IS NULL OR job.args @> rule.args)
+               )))
+           )), '{}')
+        INTO ids, orphan_ids, suspect_ids
+        FROM (
+            SELECT *,
+                   (_doing_jobs.queue IS NULL OR queue_name = _doing_jobs.queue)
+                       AND (_doing_jobs.task_name IS NULL OR task_name = _doing_jobs.task_name) AS is_asked_for
+                FROM procrastinate_jobs
+                WHERE status = 'doing'
+                ORDER BY id
+        ) AS job;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._doing_jobs(bigint[]) IS
-    'The jobs in doing, all of them or those of the given ids.';
+COMMENT ON FUNCTION procrastinate_stalled._doing_jobs(text, text, interval, interval) IS
+    'The ids of the jobs in doing; of all those without a worker, whatever their queue and task; and of those that may be stalled: not if their worker was heard of lately and no rule limits their run. The one place that reads all jobs in doing.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._waiting_job(
@@ -192,6 +240,11 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._judge(
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
+    -- Planned once, for few jobs: by their ids, never by a scan of all jobs that there are.
+    SET plan_cache_mode = force_generic_plan
+    SET join_collapse_limit = 1
+    SET enable_seqscan = off
+    SET enable_bitmapscan = off
     SET jit = off
 AS $$
 #variable_conflict use_column
@@ -201,45 +254,30 @@ DECLARE
     available_since CONSTANT timestamp with time zone := (
         SELECT at FROM procrastinate_stalled._available_since() AS at WHERE at <= clock_timestamp()
     );
-    latest_heartbeat CONSTANT timestamp with time zone := (
+    last_sign_of_life CONSTANT timestamp with time zone := (
         SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()
     );
     -- Between the migrations 3.1 pre and post there are workers of Procrastinate 3.0: they have no row, and their jobs
     -- look like orphans.
     has_nameless_workers CONSTANT boolean := to_regproc('procrastinate_fetch_job_v1') IS NOT NULL;
-    grace interval;
-    demands_live_worker boolean;
+    far_future CONSTANT timestamp with time zone := now() + interval '1 year';
+    ids bigint[] := _judge.job_ids;
+    grace CONSTANT interval := (SELECT outage_grace FROM procrastinate_stalled.settings);
+    demands_live_worker CONSTANT boolean := coalesce((SELECT require_live_worker FROM procrastinate_stalled.settings), true);
 BEGIN
-    SELECT outage_grace, require_live_worker
-        INTO grace, demands_live_worker
-        FROM procrastinate_stalled.settings;
+    IF ids IS NULL THEN
+        SELECT CASE WHEN _judge.also_running THEN doing.ids ELSE doing.suspect_ids END
+            INTO ids
+            FROM procrastinate_stalled._doing_jobs(_judge.queue, _judge.task_name, _judge.seconds_since_heartbeat, _judge.nb_seconds) AS doing;
+    END IF;
 
     RETURN QUERY
-    WITH silence AS MATERIALIZED (
-        -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it counts
-        -- when a sweep last saw nobody alive. A worker that is new since tells nothing of the others; and when it
-        -- starts, it prunes them.
-        SELECT rule.name AS rule_name, sweep.started_at AS nobody_until, sweep.latest_heartbeat AS nobody_since
-            FROM procrastinate_stalled.rules AS rule
-            CROSS JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.sweeps AS sweep
-                    WHERE sweep.started_at >= now() - rule.heartbeat_timeout
-                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
-                    ORDER BY sweep.started_at DESC
-                    LIMIT 1
-            ) AS sweep
-            WHERE by_rules
-                AND demands_live_worker IS NOT FALSE
-                AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
-    ), running AS (
-        SELECT job.*,
-               worker.last_heartbeat,
-               orphan.seen_at,
-               event.started_at,
-               event.deferred_at,
-               rule.name AS next_rule_name,
-               rule.action AS rule_action,
+    WITH rule AS MATERIALIZED (
+        SELECT rule.name,
+               rule.queue_name,
+               rule.task_name,
+               rule.args,
+               rule.action,
                CASE WHEN rule.action <> 'ignore' THEN rule.heartbeat_timeout END AS heartbeat_timeout,
                CASE WHEN rule.action <> 'ignore' THEN rule.run_timeout END AS run_timeout,
                rule.max_rescues,
@@ -248,72 +286,114 @@ BEGIN
                rule.retry_queue_name,
                rule.retry_priority,
                rule.on_duplicate,
+               rule.expires_at,
+               rule.note,
+               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
+               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
+               available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
+               demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
+               silence.started_at AS nobody_until,
+               silence.latest_heartbeat AS nobody_since
+            FROM procrastinate_stalled.rules AS rule
+            LEFT JOIN LATERAL (
+                -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it
+                -- counts when a sweep last saw nobody alive.
+                SELECT sweep.started_at, sweep.latest_heartbeat, sweep.newest_worker_id
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE by_rules
+                        AND demands_live_worker
+                        AND sweep.started_at >= now() - rule.heartbeat_timeout
+                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
+                    ORDER BY sweep.started_at DESC
+                    LIMIT 1
+            -- A worker that is new since tells nothing of the others; and when it starts, it prunes them.
+            ) AS silence ON silence.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
+            WHERE rule.enabled AND (rule.expires_at IS NULL OR rule.expires_at > now())
+    ), running AS (
+        SELECT job.id,
+               job.queue_name::text AS queue_name,
+               job.task_name::text AS task_name,
+               job.priority,
+               job.lock,
+               job.queueing_lock,
+               job.args,
+               job.status::text AS status,
+               job.scheduled_at,
+               job.attempts,
+               job.abort_requested,
+               job.worker_id,
+               worker.last_heartbeat,
+               CASE WHEN job.worker_id IS NULL THEN (
+                   SELECT orphan.seen_at
+                       FROM procrastinate_stalled.orphans AS orphan
+                       WHERE orphan.job_id = job.id AND orphan.attempts = job.attempts
+               ) END AS seen_at,
+               (
+                   SELECT max(event.at)
+                       FROM procrastinate_events AS event
+                       WHERE event.job_id = job.id AND event.type = 'started'
+               ) AS started_at,
+               rule.name AS next_rule_name,
+               rule.action AS rule_action,
+               rule.heartbeat_timeout,
+               rule.run_timeout,
+               rule.max_rescues,
+               rule.retry_delay,
+               rule.retry_backoff,
+               rule.retry_queue_name,
+               rule.retry_priority,
+               rule.on_duplicate,
+               rule.forgiven_until AS survivors_forgiven_until,
+               coalesce(rule.nobody_is_alive, demands_live_worker) AS nobody_is_alive,
+               rule.nobody_until,
+               rule.nobody_since,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
-               pause.note AS pause_note,
-               silence.nobody_until,
-               silence.nobody_since
-            FROM procrastinate_stalled._doing_jobs(job_ids) AS job
+               pause.note AS pause_note
+            FROM procrastinate_jobs AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
-            LEFT JOIN procrastinate_stalled.orphans AS orphan
-                ON job.worker_id IS NULL AND orphan.job_id = job.id AND orphan.attempts = job.attempts
+            -- The first rule that is no pause, and the first pause if it comes before.
             CROSS JOIN LATERAL (
-                SELECT max(event.at) FILTER (WHERE event.type = 'started') AS started_at,
-                       min(event.at) FILTER (WHERE event.type = 'deferred') AS deferred_at
-                    FROM procrastinate_events AS event
-                    WHERE event.job_id = job.id
-            ) AS event
-            -- The first rule that is no pause, and the first pause before it.
-            LEFT JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.rules AS rule
-                    WHERE rule.enabled
-                        AND (rule.expires_at IS NULL OR (rule.expires_at > now() AND rule.action <> 'ignore'))
-                        AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                SELECT min(rule.number) FILTER (WHERE NOT rule.is_pause) AS rule_number,
+                       min(rule.number) FILTER (WHERE rule.is_pause) AS pause_number
+                    FROM rule
+                    WHERE (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
                         AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
                         AND (rule.args IS NULL OR job.args @> rule.args)
-                    ORDER BY rule.position, rule.name
-                    LIMIT 1
-            ) AS rule ON true
-            LEFT JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.rules AS pause
-                    WHERE pause.enabled
-                        AND pause.expires_at > now()
-                        AND pause.action = 'ignore'
-                        AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
-                        AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
-                        AND (pause.args IS NULL OR job.args @> pause.args)
-                        AND (rule.name IS NULL OR (pause.position, pause.name) < (rule.position, rule.name))
-                    ORDER BY pause.position, pause.name
-                    LIMIT 1
-            ) AS pause ON true
-            LEFT JOIN silence ON silence.rule_name = rule.name
-            WHERE (_judge.queue IS NULL OR job.queue_name = _judge.queue)
+            ) AS first
+            LEFT JOIN rule ON rule.number = first.rule_number
+            LEFT JOIN rule AS pause
+                ON pause.number = first.pause_number AND coalesce(first.pause_number < first.rule_number, true)
+            -- As text, so that no partial index fits and the primary key is taken.
+            WHERE job.id = ANY (ids)
+                AND job.status::text = 'doing'
+                AND (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
+            -- A fence, as those below: what is above it is not computed again for each mention below.
+            OFFSET 0
     ), heard AS (
         SELECT running.*,
                -- A sum with a time in the far future may be out of range; and an infinite time has no words.
-               CASE WHEN started_at < now() + interval '1 year' THEN greatest(started_at, 'epoch') END AS ran_since,
+               CASE WHEN started_at < far_future THEN greatest(started_at, 'epoch') END AS ran_since,
                CASE
                    WHEN worker_id IS NULL THEN coalesce(seen_at, now())
-                   WHEN last_heartbeat < now() + interval '1 year' THEN greatest(last_heartbeat, 'epoch')
+                   WHEN last_heartbeat < far_future THEN greatest(last_heartbeat, 'epoch')
                END AS silent_since,
-               -- Not heard of since an outage: the fetch of the job tells it of a worker whose row is gone.
                CASE
-                   WHEN worker_id IS NOT NULL THEN last_heartbeat < available_since
-                   ELSE coalesce(started_at < available_since, true)
-               END AS lost_in_outage
+                   -- Not heard of since an outage: the fetch of the job tells it of a worker whose row is gone.
+                   WHEN CASE
+                       WHEN worker_id IS NOT NULL THEN last_heartbeat < available_since
+                       ELSE coalesce(started_at < available_since, true)
+                   END THEN survivors_forgiven_until
+               END AS forgiven_until
             FROM running
+            OFFSET 0
     ), dated AS (
         SELECT heard.*,
-               CASE WHEN lost_in_outage THEN available_since + greatest(heartbeat_timeout, grace) END AS forgiven_until,
                CASE
                    WHEN by_rules THEN ran_since + run_timeout
                    ELSE ran_since + _judge.nb_seconds
-               END AS run_ends_at,
-               demands_live_worker IS NOT FALSE
-                   AND coalesce(latest_heartbeat < now() - heartbeat_timeout / 2, true) AS nobody_is_alive
+               END AS run_ends_at
             FROM heard
     ), silent AS (
         SELECT dated.*,
@@ -334,6 +414,7 @@ BEGIN
                        CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
                END AS silent_at
             FROM dated
+            OFFSET 0
     ), reasoned AS (
         SELECT silent.*,
                CASE
@@ -348,6 +429,7 @@ BEGIN
         SELECT reasoned.*,
                CASE reason WHEN 'run_timeout' THEN run_ends_at ELSE silent_at END AS stalled_at
             FROM reasoned
+            OFFSET 0
     ), judged AS (
         SELECT found.*,
                CASE
@@ -364,7 +446,6 @@ BEGIN
         SELECT *
             FROM judged
             WHERE NOT by_rules OR verdict IN ('stalled', 'held') OR _judge.also_running
-            -- A fence: what is above is not computed again for each mention below.
             OFFSET 0
     ), numbered AS (
         SELECT chosen.*,
@@ -380,26 +461,33 @@ BEGIN
                 -- An older row is of another job, which had this id before Procrastinate's tables were made anew.
                 SELECT count(*) AS rescues
                     FROM procrastinate_stalled.rescues AS rescue
-                    WHERE rescue.job_id = chosen.id
-                        AND (deferred_at IS NULL OR rescue.rescued_at >= deferred_at)
+                    WHERE chosen.attempts > 0 -- each retry has added one
+                        AND rescue.job_id = chosen.id
                         AND rescue.action = 'retried'
                         AND rescue.reason <> 'manual'
+                        AND rescue.rescued_at >= coalesce((
+                            SELECT min(event.at)
+                                FROM procrastinate_events AS event
+                                WHERE event.job_id = chosen.id AND event.type = 'deferred'
+                        ), '-infinity')
             ) AS earlier
-            LEFT JOIN LATERAL procrastinate_stalled._waiting_job(chosen.queueing_lock) AS waiting ON true
+            LEFT JOIN LATERAL (
+                SELECT *
+                    FROM procrastinate_stalled._waiting_job(chosen.queueing_lock)
+                    WHERE chosen.queueing_lock IS NOT NULL
+            ) AS waiting ON true
+    ), successor AS (
+        -- Of several stalled jobs with one queueing lock the first takes the place in todo.
+        SELECT DISTINCT ON (queueing_lock) queueing_lock, id
+            FROM numbered
+            WHERE may_be_retried AND queueing_lock IS NOT NULL AND verdict IN ('stalled', 'held')
+            ORDER BY queueing_lock, verdict DESC, id
     ), planned AS (
         SELECT numbered.*,
-               CASE WHEN may_be_retried AND queueing_lock IS NOT NULL THEN coalesce(
-                   waiting_id,
-                   -- Of several stalled jobs with one queueing lock the first takes the place in todo.
-                   nullif(
-                       first_value(CASE WHEN verdict <> 'running' THEN id END) OVER (
-                           PARTITION BY queueing_lock, may_be_retried
-                           ORDER BY array_position(ARRAY['stalled', 'held', 'running'], verdict), id
-                       ),
-                       id
-                   )
-               ) END AS duplicate_of
+               CASE WHEN may_be_retried THEN coalesce(waiting_id, nullif(successor.id, numbered.id)) END AS duplicate_of
             FROM numbered
+            LEFT JOIN successor ON successor.queueing_lock = numbered.queueing_lock
+            OFFSET 0
     ), decided AS (
         SELECT planned.*,
                CASE
@@ -411,6 +499,7 @@ BEGIN
                    ELSE 'fail'
                END AS action
             FROM planned
+            OFFSET 0
     )
     SELECT id,
            queue_name,
@@ -464,8 +553,7 @@ BEGIN
            pause_ends_at,
            pause_note,
            next_rule_name
-        FROM decided
-        ORDER BY id;
+        FROM decided;
 END;
 $$;
 
@@ -517,7 +605,8 @@ BEGIN
                 procrastinate_stalled._seconds('nb_seconds', nb_seconds)
             ) AS judged
             -- The rule of a paused job says that it is ignored.
-            WHERE judged.verdict <> 'held' OR judged.pause_name IS NULL;
+            WHERE judged.verdict <> 'held' OR judged.pause_name IS NULL
+            ORDER BY judged.id;
 END;
 $$;
 

@@ -262,6 +262,8 @@ AS $$
 #variable_conflict use_column
 DECLARE
     explained procrastinate_stalled.explained_job;
+    explained_queueing_lock text;
+    doing_ids bigint[];
 BEGIN
     IF explain_job.job_id IS NULL THEN
         RAISE EXCEPTION USING
@@ -272,22 +274,28 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_procrastinate();
-    SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts
-        INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts
+    SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts, job.queueing_lock
+        INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts, explained_queueing_lock
         FROM procrastinate_jobs AS job
         WHERE job.id = explain_job.job_id;
 
     IF explained.status = 'doing' THEN
+        doing_ids := CASE
+            WHEN explained_queueing_lock IS NULL THEN ARRAY[explain_job.job_id]
+            ELSE (procrastinate_stalled._doing_jobs()).ids
+        END;
         SELECT (procrastinate_stalled._explained(judged)).*
             INTO explained
             FROM procrastinate_stalled._judge(
-                -- The jobs with the same queueing lock are judged with it, because one of them may take its place.
                 job_ids => ARRAY(
                     SELECT doing.id
-                        FROM procrastinate_stalled._doing_jobs(NULL) AS doing
-                        JOIN procrastinate_jobs AS job
-                            ON job.id = explain_job.job_id
-                            AND (doing.id = job.id OR doing.queueing_lock = job.queueing_lock)
+                        FROM procrastinate_jobs AS doing
+                        WHERE doing.id = ANY (doing_ids)
+                            AND (
+                                doing.id = explain_job.job_id
+                                -- They are judged with it, because one of them may take its place.
+                                OR doing.queueing_lock = explained_queueing_lock
+                            )
                 ),
                 also_running => true
             ) AS judged
@@ -331,8 +339,11 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.workers()
     SET search_path FROM CURRENT
 AS $$
 #variable_conflict use_column
+DECLARE
+    doing_ids bigint[];
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    doing_ids := (procrastinate_stalled._doing_jobs()).ids;
     RETURN QUERY
         SELECT worker.id,
                worker.last_heartbeat,
@@ -344,7 +355,11 @@ BEGIN
                    ELSE 'silent'
                END
             FROM procrastinate_workers AS worker
-            LEFT JOIN procrastinate_stalled._doing_jobs(NULL) AS job ON job.worker_id = worker.id
+            LEFT JOIN (
+                SELECT id, worker_id
+                    FROM procrastinate_jobs
+                    WHERE id = ANY (doing_ids)
+            ) AS job ON job.worker_id = worker.id
             GROUP BY worker.id
             ORDER BY worker.id;
 END;

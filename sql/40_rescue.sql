@@ -44,22 +44,34 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
     task_name text,
     seconds_since_heartbeat interval,
     nb_seconds interval,
-    job_ids bigint[]
+    job_ids bigint[],
+    OUT rescue_ids bigint[],
+    OUT retried bigint,
+    OUT failed bigint,
+    OUT aborted bigint
 )
-    RETURNS SETOF procrastinate_stalled.rescues
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
+    -- As for _judge().
+    SET plan_cache_mode = force_generic_plan
+    SET enable_seqscan = off
+    SET enable_bitmapscan = off
+    SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE
     candidates procrastinate_stalled._judged_job[];
     silent_workers bigint[];
-    rescued procrastinate_stalled.rescues[];
-    to_wake bigint[] := ARRAY[]::bigint[];
     rest bigint[] := job_ids;
     duplicates bigint[];
+    rescued bigint[];
+    to_wake bigint[];
 BEGIN
+    rescue_ids := '{}';
+    retried := 0;
+    failed := 0;
+    aborted := 0;
     LOOP
         candidates := ARRAY(
             SELECT judged
@@ -81,7 +93,23 @@ BEGIN
         );
 
         WITH candidate AS (
-            SELECT *
+            SELECT id,
+                   queue_name,
+                   task_name,
+                   queueing_lock,
+                   attempts,
+                   abort_requested,
+                   worker_id,
+                   last_heartbeat,
+                   started_at,
+                   rule_name,
+                   reason,
+                   action,
+                   detail,
+                   duplicate_of,
+                   retry_at,
+                   retry_queue_name,
+                   retry_priority
                 FROM unnest(candidates)
         ), waiting AS (
             -- A job is ended as a duplicate only while the other one stays in todo, which this lock sees to.
@@ -105,10 +133,10 @@ BEGIN
         ), changed AS (
             UPDATE procrastinate_jobs AS job
                 SET status = CASE run.action
-                        WHEN 'retry' THEN 'todo'
-                        WHEN 'abort' THEN 'aborted'
-                        ELSE 'failed'
-                    END::procrastinate_job_status,
+                        WHEN 'retry' THEN 'todo'::procrastinate_job_status
+                        WHEN 'abort' THEN 'aborted'::procrastinate_job_status
+                        ELSE 'failed'::procrastinate_job_status
+                    END,
                     attempts = CASE run.action WHEN 'retry' THEN job.attempts + 1 ELSE job.attempts END,
                     scheduled_at = CASE run.action WHEN 'retry' THEN run.retry_at ELSE job.scheduled_at END,
                     queue_name = coalesce(run.retry_queue_name, job.queue_name),
@@ -136,32 +164,31 @@ BEGIN
                        attempts,
                        retry_at
                     FROM changed
-                    ORDER BY id
-                RETURNING *
+                RETURNING id, job_id, action
         )
-        SELECT array_agg(ROW(ledger.*)::procrastinate_stalled.rescues ORDER BY id)
-            INTO rescued
+        SELECT array_agg(job_id),
+               _rescue.rescue_ids || array_agg(id),
+               _rescue.retried + count(*) FILTER (WHERE action = 'retried'),
+               _rescue.failed + count(*) FILTER (WHERE action = 'failed'),
+               _rescue.aborted + count(*) FILTER (WHERE action = 'aborted'),
+               to_wake || ARRAY(
+                   -- The first of each queue that is due.
+                   SELECT min(id)
+                       FROM changed
+                       WHERE action = 'retry' AND retry_at IS NULL
+                       GROUP BY coalesce(retry_queue_name, queue_name)
+               ),
+               ARRAY(SELECT id FROM candidate WHERE duplicate_of IS NOT NULL)
+            INTO rescued, rescue_ids, retried, failed, aborted, to_wake, duplicates
             FROM ledger;
 
-        RETURN QUERY
-            SELECT *
-                FROM unnest(rescued);
-
+        EXIT WHEN duplicates = '{}';
         -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped them
         -- while they were locked here, or they wait for the ended one's lock.
-        to_wake := to_wake || ARRAY(
-            SELECT job_id FROM unnest(rescued) WHERE action = 'retried'
-            UNION
-            SELECT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
-        );
-
+        to_wake := to_wake || ARRAY(SELECT DISTINCT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL);
         -- Once more for the duplicates of a job that was stalled itself: it is in todo now, or another session has it
         -- locked and the next one with the queueing lock may take its place.
-        duplicates := ARRAY(
-            SELECT id FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
-            EXCEPT
-            SELECT job_id FROM unnest(rescued)
-        );
+        duplicates := ARRAY(SELECT unnest(duplicates) EXCEPT SELECT unnest(rescued));
         EXIT WHEN duplicates = '{}' OR cardinality(duplicates) = cardinality(rest);
         rest := duplicates;
     END LOOP;
@@ -171,19 +198,23 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._rescue(text, text, interval, interval, bigint[]) IS
-    'Judges the given jobs anew and rescues those that are stalled, all or none. Returns their ledger rows. Raises unique_violation or lock_not_available when a session defers a job with the queueing lock of one of them at this very moment.';
+    'Judges the given jobs anew and rescues those that are stalled, all or none. Returns the ids of their rows in rescues, and how many were retried, failed and aborted. Raises unique_violation or lock_not_available when a session defers a job with the queueing lock of one of them at this very moment.';
 
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled._note_orphans()
+CREATE OR REPLACE FUNCTION procrastinate_stalled._note_orphans(
+    orphan_ids bigint[]
+)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
-    SET enable_bitmapscan = off
     SET enable_seqscan = off
     SET jit = off
 AS $$
 BEGIN
+    IF orphan_ids = '{}' AND NOT EXISTS (SELECT FROM procrastinate_stalled.orphans) THEN
+        RETURN;
+    END IF;
     -- One session at a time, and nobody waits: who comes second leaves it to the first.
     IF NOT pg_try_advisory_xact_lock(hashtextextended('procrastinate_stalled.orphans', 0)) THEN
         RETURN;
@@ -195,14 +226,16 @@ BEGIN
                 FROM procrastinate_jobs AS job
                 WHERE job.id = orphan.job_id
                     AND job.attempts = orphan.attempts
-                    AND job.status = 'doing'
+                    -- As text, so that no partial index fits and the primary key is taken.
+                    AND job.status::text = 'doing'
                     AND job.worker_id IS NULL
         );
 
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
-            WHERE job.status = 'doing'
+            WHERE job.id = ANY (orphan_ids)
+                AND job.status::text = 'doing'
                 AND job.worker_id IS NULL
                 -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
                 AND to_regproc('procrastinate_fetch_job_v1') IS NULL
@@ -210,8 +243,8 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._note_orphans() IS
-    'Notes the jobs in doing that have lost their worker row, and forgets those that are in that run no more.';
+COMMENT ON FUNCTION procrastinate_stalled._note_orphans(bigint[]) IS
+    'Notes the jobs in doing that have lost their worker row, which are those of the given ids, and forgets those that are in that run no more.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_job(

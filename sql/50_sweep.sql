@@ -56,16 +56,18 @@ COMMENT ON FUNCTION procrastinate_stalled._lock_jobs_table() IS
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
     queue text,
-    task_name text
+    task_name text,
+    seconds_since_heartbeat interval,
+    nb_seconds interval,
+    OUT sweep_id bigint,
+    OUT suspect_ids bigint[]
 )
-    RETURNS bigint
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
 AS $$
-#variable_conflict use_column
 DECLARE
-    sweep_id bigint;
+    doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
@@ -77,53 +79,48 @@ BEGIN
             NULL; -- another sweep does it
         END;
     END IF;
-    PERFORM procrastinate_stalled._note_orphans();
+    doing := procrastinate_stalled._doing_jobs(queue, task_name, seconds_since_heartbeat, nb_seconds);
+    PERFORM procrastinate_stalled._note_orphans(doing.orphan_ids);
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
-        SELECT count(*),
-               (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
-               (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
-            FROM procrastinate_stalled._doing_jobs(NULL)
-            WHERE (_begin_sweep.queue IS NULL OR queue_name = _begin_sweep.queue)
-                AND (_begin_sweep.task_name IS NULL OR task_name = _begin_sweep.task_name)
+        VALUES (
+            cardinality(doing.ids),
+            (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
+            (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
+        )
         RETURNING id
         INTO sweep_id;
-    RETURN sweep_id;
+    suspect_ids := doing.suspect_ids;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._begin_sweep(text, text) IS
-    'Notes orphans and opens the row of a sweep. Returns its id.';
+COMMENT ON FUNCTION procrastinate_stalled._begin_sweep(text, text, interval, interval) IS
+    'Looks at the jobs in doing once, notes orphans and opens the row of a sweep. Returns its id, and the ids of the jobs that may be stalled.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._batches(
-    queue text DEFAULT NULL,
-    task_name text DEFAULT NULL,
-    seconds_since_heartbeat interval DEFAULT NULL,
-    nb_seconds interval DEFAULT NULL,
-    batch_size integer DEFAULT 1000
+    job_ids bigint[],
+    batch_size integer
 )
-    RETURNS TABLE (job_ids bigint[])
+    RETURNS TABLE (batch bigint[])
     LANGUAGE plpgsql
-    STABLE
+    IMMUTABLE
     SET search_path FROM CURRENT
-    SET lock_timeout = '100ms'
 AS $$
+DECLARE
+    jobs CONSTANT integer := cardinality(job_ids);
+    size CONSTANT integer := least(batch_size, jobs);
 BEGIN
-    RETURN QUERY
-    WITH to_rescue AS (
-        SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
-            FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
-            WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
-    )
-    SELECT array_agg(id ORDER BY id)
-        FROM to_rescue
-        GROUP BY (number - 1) / batch_size
-        ORDER BY min(id);
+    IF jobs > 0 THEN
+        FOR number IN 1..jobs BY size LOOP
+            batch := job_ids[number:number + size - 1];
+            RETURN NEXT;
+        END LOOP;
+    END IF;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._batches(text, text, interval, interval, integer) IS
-    'The ids of the stalled jobs that a sweep can rescue now, in batches, in id order.';
+COMMENT ON FUNCTION procrastinate_stalled._batches(bigint[], integer) IS
+    'The ids in batches of that many.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
@@ -133,7 +130,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     seconds_since_heartbeat interval,
     nb_seconds interval,
     job_ids bigint[],
-    OUT rescued procrastinate_stalled.rescues[],
+    OUT rescue_ids bigint[],
     OUT one_by_one boolean
 )
     LANGUAGE plpgsql
@@ -142,15 +139,13 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
 AS $$
 #variable_conflict use_column
 DECLARE
+    rescue record;
     violated_constraint text;
 BEGIN
     one_by_one := false;
     PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
-        rescued := ARRAY(
-            SELECT rescue
-                FROM procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids) AS rescue
-        );
+        rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
     EXCEPTION WHEN OTHERS THEN
         IF cardinality(job_ids) > 1 THEN
             one_by_one := true;
@@ -166,11 +161,14 @@ BEGIN
         RETURN;
     END;
 
-    UPDATE procrastinate_stalled.sweeps
-        SET retried = retried + (SELECT count(*) FROM unnest(rescued) WHERE action = 'retried'),
-            failed = failed + (SELECT count(*) FROM unnest(rescued) WHERE action = 'failed'),
-            aborted = aborted + (SELECT count(*) FROM unnest(rescued) WHERE action = 'aborted')
-        WHERE id = sweep_id;
+    rescue_ids := rescue.rescue_ids;
+    IF rescue_ids <> '{}' THEN
+        UPDATE procrastinate_stalled.sweeps
+            SET retried = retried + rescue.retried,
+                failed = failed + rescue.failed,
+                aborted = aborted + rescue.aborted
+            WHERE id = sweep_id;
+    END IF;
 END;
 $$;
 
@@ -183,7 +181,8 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
     queue text,
     task_name text,
     seconds_since_heartbeat interval,
-    nb_seconds interval
+    nb_seconds interval,
+    suspect_ids bigint[]
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -230,14 +229,16 @@ BEGIN
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
                        count(*) FILTER (WHERE verdict = 'held'),
                        string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held')
-                    FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
+                    FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, suspect_ids)
+                    -- The usual case: there were none, or all of them were rescued.
+                    WHERE retried + failed + aborted < cardinality(suspect_ids)
             ),
             duration = clock_timestamp() - started_at
         WHERE id = sweep_id;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval) IS
+COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval, bigint[]) IS
     'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
 
 
@@ -251,6 +252,7 @@ AS $$
 -- names (assignments, conditions, loops): no operator, no cast, no function of PostgreSQL.
 DECLARE
     sweep_id bigint;
+    suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
     job_id bigint;
@@ -259,11 +261,15 @@ BEGIN
         RETURN;
     END IF;
 
-    sweep_id := procrastinate_stalled._begin_sweep(NULL, NULL);
+    -- An idle sweep does not wait for the disk: what a crash may take from it is seen again by the next one.
+    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    SELECT begun.sweep_id, begun.suspect_ids
+        INTO sweep_id, suspect_ids
+        FROM procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL) AS begun;
     -- Whatever ends the sweep from here on, its row and the orphans that it saw first remain.
     COMMIT;
     FOR batch IN
-        SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
+        SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
@@ -274,7 +280,8 @@ BEGIN
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL);
+    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids);
     COMMIT;
 END;
 $$;
@@ -307,7 +314,7 @@ AS $$
 DECLARE
     silence CONSTANT interval := procrastinate_stalled._seconds('seconds_since_heartbeat', seconds_since_heartbeat);
     run_time CONSTANT interval := procrastinate_stalled._seconds('nb_seconds', nb_seconds);
-    sweep_id bigint;
+    sweep record;
     batch bigint[];
     result record;
     single bigint;
@@ -346,31 +353,41 @@ BEGIN
         RETURN;
     END IF;
 
-    sweep_id := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name);
+    sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
     FOR batch IN
-        SELECT job_ids
+        SELECT batches.batch
             FROM procrastinate_stalled._batches(
-                retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, least(max_jobs, 1000)
-            )
+                ARRAY(
+                    SELECT id
+                        FROM procrastinate_stalled._judge(
+                            retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, sweep.suspect_ids
+                        )
+                        WHERE verdict = 'stalled' AND action IN ('retry', 'fail', 'abort')
+                        ORDER BY id
+                ),
+                least(max_jobs, 1000)
+            ) AS batches
     LOOP
         EXIT WHEN done >= max_jobs;
         batch := batch[1:coalesce(max_jobs - done, cardinality(batch))];
         result := procrastinate_stalled._rescue_batch(
-            sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
+            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
         );
-        RETURN QUERY SELECT * FROM unnest(result.rescued);
-        done := done + coalesce(cardinality(result.rescued), 0);
+        RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
+        done := done + coalesce(cardinality(result.rescue_ids), 0);
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
-                    sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
+                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
                 );
-                RETURN QUERY SELECT * FROM unnest(result.rescued);
-                done := done + coalesce(cardinality(result.rescued), 0);
+                RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
+                done := done + coalesce(cardinality(result.rescue_ids), 0);
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    PERFORM procrastinate_stalled._end_sweep(
+        sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, sweep.suspect_ids
+    );
 END;
 $$;
 

@@ -304,7 +304,7 @@ BEGIN
     name := 'jobs';
     BEGIN
         PERFORM procrastinate_stalled._require_procrastinate();
-        SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
+        SELECT cardinality((procrastinate_stalled._doing_jobs()).ids) AS doing,
                count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
                count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
                count(*) FILTER (WHERE verdict = 'held') AS held,

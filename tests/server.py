@@ -28,8 +28,8 @@ PG_CTL = PROJECT / "scripts" / "pg_ctl"
 
 # For measurements: it writes to the disk as a server of yours does. PostgreSQLExecutor alone would switch fsync off.
 DURABLE = {"fsync": "on", "max_connections": "200", "lc_messages": "C", "timezone": "UTC"}
-# For the rest: what a server that lives for minutes can do without. Autovacuum would also bring other plans in the middle
-# of a test, in which rows are locked at another moment.
+# For the rest: what a server that lives for minutes can do without. Autovacuum would also bring other plans in the
+# middle of a test, in which rows are locked at another moment.
 FAST = DURABLE | {
     "fsync": "off",
     "synchronous_commit": "off",

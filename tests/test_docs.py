@@ -17,7 +17,7 @@ from markdown_it.token import Token
 from procrastinate.exceptions import UniqueViolation
 
 import procrastinate_stalled
-from benchmarks.__main__ import documented_task
+from benchmarks.rescue import documented_task
 from procrastinate_stalled import AsyncStalled, Stalled, cli
 from tests.documents import DATABASE, Scene, normalize, parse, problem_of_unrunnable, steps
 from tests.extension_server import server_with_extension

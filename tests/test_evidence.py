@@ -340,9 +340,11 @@ def test_when_one_of_the_silent_workers_is_heard_again_the_others_get_the_time_t
 
 def test_a_beat_between_the_start_of_a_sweep_and_its_judgement_releases_nobody_else(nobody: Connection) -> None:
     back, silent = (add_stalled_job(nobody, silent_for=120) for _ in range(2))
-    nobody.execute("SELECT procrastinate_stalled._begin_sweep(NULL, NULL)")
+    (sweep,) = rows(nobody, "SELECT * FROM procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL)")
+    assert sweep["suspect_ids"] == [back, silent]
     beat(nobody, back)
-    assert rows(nobody, "SELECT job_ids FROM procrastinate_stalled._batches()") == []
+    nobody.execute("SELECT procrastinate_stalled._rescue(NULL, NULL, NULL, NULL, %s)", [sweep["suspect_ids"]])
+    assert rows(nobody, "SELECT FROM procrastinate_stalled.rescues") == []
     assert judge(nobody, silent)[0] == "running"
 
 

@@ -78,9 +78,9 @@ class Scene:
             [self.available_for],
         )
         worker_id = None if self.silent_for is None else add_worker(connection, self.silent_for)
-        job_id = add_job(connection, worker_id=worker_id, **self.job)
+        job_id = add_job(connection, worker_id=worker_id, attempts=self.rescues, **self.job)
         if self.noted is not None:
-            add_orphan_note(connection, job_id, 0, self.noted)
+            add_orphan_note(connection, job_id, self.rescues, self.noted)
         if self.waiting is not None:
             add_job(connection, "todo", **self.waiting)
         for _ in range(self.rescues):
@@ -862,7 +862,9 @@ def test_a_job_stalls_at_the_announced_moment_and_not_before(transaction: Connec
         (row,) = rows(transaction, "SELECT now()")
         announced = [job for job in explain_all(transaction) if job["verdict"] == "running"]
         # An orphan that was not noted is announced as if a sweep came now.
-        transaction.execute("SELECT procrastinate_stalled._note_orphans()")
+        transaction.execute(
+            "SELECT procrastinate_stalled._note_orphans(orphan_ids) FROM procrastinate_stalled._doing_jobs()"
+        )
         moments = {job["stalled_at"] for job in announced if job["stalled_at"] is not None}
         for moment in sorted(moments)[:3]:
             with transaction.transaction(force_rollback=True):

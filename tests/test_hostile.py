@@ -32,8 +32,8 @@ HOSTILE_PATHS = ["public, pg_catalog, tasks", "public, tasks"]
 
 CALLS: dict[str, LiteralString] = {
     "_available_since": "SELECT procrastinate_stalled._available_since()",
-    "_batches": "SELECT * FROM procrastinate_stalled._batches()",
-    "_begin_sweep": "SELECT procrastinate_stalled._begin_sweep(NULL, NULL) IS NOT NULL",
+    "_batches": "SELECT * FROM procrastinate_stalled._batches(ARRAY[1, 2], 1)",
+    "_begin_sweep": "SELECT procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL) IS NOT NULL",
     "_can_sweep": "SELECT procrastinate_stalled._can_sweep(1)",
     "_classify_cron_jobs": """
         SELECT *
@@ -45,9 +45,12 @@ CALLS: dict[str, LiteralString] = {
     """,
     "_cron_database": "SELECT procrastinate_stalled._cron_database()",
     "_cron_jobs": "SELECT procrastinate_stalled._cron_jobs()",
-    "_doing_jobs": "SELECT * FROM procrastinate_stalled._doing_jobs(NULL)",
+    "_doing_jobs": "SELECT * FROM procrastinate_stalled._doing_jobs()",
     "_end_of_pause": "SELECT procrastinate_stalled._end_of_pause(rule) FROM procrastinate_stalled.rules AS rule",
-    "_end_sweep": "SELECT procrastinate_stalled._end_sweep(1, NULL, NULL, NULL, NULL)",
+    "_end_sweep": """
+        SELECT procrastinate_stalled._end_sweep(1, NULL, NULL, NULL, NULL, ids)
+            FROM procrastinate_stalled._doing_jobs()
+    """,
     "_explained": """
         SELECT procrastinate_stalled._explained(judged)
             FROM procrastinate_stalled._judge(also_running => true) AS judged
@@ -67,14 +70,17 @@ CALLS: dict[str, LiteralString] = {
     "_job_name_elsewhere": "SELECT procrastinate_stalled._job_name_elsewhere('app')",
     "_judge": "SELECT * FROM procrastinate_stalled._judge(also_running => true)",
     "_lock_jobs_table": "SELECT procrastinate_stalled._lock_jobs_table()",
-    "_note_orphans": "SELECT procrastinate_stalled._note_orphans()",
+    "_note_orphans": """
+        SELECT procrastinate_stalled._note_orphans(orphan_ids)
+            FROM procrastinate_stalled._doing_jobs()
+    """,
     "_notify": "SELECT procrastinate_stalled._notify(ARRAY(SELECT id FROM tasks.procrastinate_jobs))",
     "_privileges": "SELECT * FROM procrastinate_stalled._privileges(true)",
     "_require_login": "SELECT procrastinate_stalled._require_login()",
     "_require_pg_cron": "SELECT procrastinate_stalled._require_pg_cron()",
     "_require_procrastinate": "SELECT procrastinate_stalled._require_procrastinate()",
     "_rescue": """
-        SELECT job_id, action, reason, detail
+        SELECT retried, failed, aborted
             FROM procrastinate_stalled._rescue(
                 NULL, NULL, NULL, NULL, ARRAY(SELECT id FROM tasks.procrastinate_jobs)
             )
@@ -90,6 +96,7 @@ CALLS: dict[str, LiteralString] = {
         SELECT procrastinate_stalled._sentence(judged)
             FROM procrastinate_stalled._judge(also_running => true) AS judged
     """,
+    "_snapshot_is_held": "SELECT procrastinate_stalled._snapshot_is_held()",
     "_waiting_job": "SELECT * FROM procrastinate_stalled._waiting_job('a')",
     "explain_job": """
         SELECT explained.*
@@ -105,9 +112,9 @@ CALLS: dict[str, LiteralString] = {
     "resume": "SELECT procrastinate_stalled.resume()",
     "retry_job": """
         SELECT retried.job_id, retried.action, retried.scheduled_at
-            FROM procrastinate_stalled._doing_jobs(NULL) AS job
-            CROSS JOIN LATERAL procrastinate_stalled.retry_job(job.id, queue => 'other', priority => 5) AS retried
-            ORDER BY job.id
+            FROM procrastinate_stalled.explain_jobs() AS job
+            CROSS JOIN LATERAL procrastinate_stalled.retry_job(job.job_id, queue => 'other', priority => 5) AS retried
+            ORDER BY job.job_id
             LIMIT 1
     """,
     "retry_stalled_jobs": """
@@ -333,9 +340,10 @@ def test_the_same_functions_and_operators_in_procrastinates_own_schema_change_no
 
 
 def test_there_is_something_for_them_to_do(connection: Connection) -> None:
-    rescued = connection.execute(CALLS["_rescue"]).fetchall()
+    connection.execute(CALLS["_rescue"])
 
-    assert {(action, reason) for _job_id, action, reason, _detail in rescued} >= {
+    rescued = connection.execute("SELECT action, reason FROM procrastinate_stalled.rescues").fetchall()
+    assert set(rescued) >= {
         ("retried", "run_timeout"),
         ("failed", "run_timeout"),
         ("aborted", "run_timeout"),

@@ -65,6 +65,7 @@ READ_FUNCTIONS = {
     "_require_procrastinate",
     "_seconds",
     "_sentence",
+    "_snapshot_is_held",
     "_waiting_job",
     "explain_job",
     "explain_jobs",

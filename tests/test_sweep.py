@@ -109,7 +109,7 @@ def test_a_sweep_of_nothing_leaves_a_row_that_says_so(connection: Connection) ->
     assert sweep == {"duration": True, "started_at": True}
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 1000])
+@pytest.mark.parametrize("batch_size", [1, 2, 1000, 2147483647])
 def test_a_sweep_counts_what_it_did(batch_size: int, connect: Connect, connection: Connection) -> None:
     add_rule(connection, "fail", task_name="fail", action="fail")
     add_rule(connection, "ignore", task_name="ignore", action="ignore")
@@ -331,6 +331,29 @@ def test_a_purge_does_not_wait_for_another_session(connect: Connect, connection:
     connection.execute(SWEEP)
 
     assert rescued(connection) == [1001]
+
+
+def test_the_session_commits_as_before(connect: Connect, connection: Connection) -> None:
+    add_stalled_job(connection)
+    session = connect(options="-c synchronous_commit=on")
+
+    session.execute(SWEEP)
+
+    assert rows(session, "SHOW synchronous_commit") == [{"synchronous_commit": "on"}]
+
+
+def test_a_sweep_finds_the_same_while_somebody_holds_a_snapshot(connection: Connection) -> None:
+    jobs = [add_stalled_job(connection, lock=lock) for lock in ("b", "a", None)]
+    connection.execute(
+        """
+        CREATE OR REPLACE FUNCTION procrastinate_stalled._snapshot_is_held() RETURNS boolean
+            LANGUAGE sql AS 'SELECT true'
+        """
+    )
+
+    connection.execute(SWEEP)
+
+    assert statuses(connection, jobs) == ["todo"] * 3
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, None])

@@ -718,23 +718,37 @@ COMMENT ON FUNCTION procrastinate_stalled._seconds(text, double precision) IS
     'The argument as an interval; NULL for NULL. Raises invalid_parameter_value unless it is above 0 and at most 100 years.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._snapshot_is_held()
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT
+            FROM pg_stat_activity
+            WHERE backend_xmin IS NOT NULL AND xact_start < now() - interval '10 seconds'
+    );
+EXCEPTION WHEN insufficient_privilege THEN
+    -- Some take the whole view away from PUBLIC.
+    RETURN false;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._snapshot_is_held() IS
+    'Whether a session has held a snapshot for 10 seconds. Of other roles'' sessions only members of pg_read_all_stats can see it.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
-    job_ids bigint[]
+    queue text DEFAULT NULL,
+    task_name text DEFAULT NULL,
+    seconds_since_heartbeat interval DEFAULT NULL,
+    nb_seconds interval DEFAULT NULL,
+    OUT ids bigint[],
+    OUT orphan_ids bigint[],
+    OUT suspect_ids bigint[]
 )
-    RETURNS TABLE (
-        id bigint,
-        queue_name text,
-        task_name text,
-        priority integer,
-        lock text,
-        queueing_lock text,
-        args jsonb,
-        status text,
-        scheduled_at timestamp with time zone,
-        attempts integer,
-        abort_requested boolean,
-        worker_id bigint
-    )
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
@@ -742,30 +756,64 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
     -- bitmap scan reads them all again each time, until the next vacuum. The planner counts a scan that is off but
     -- has no alternative as immensely dear, which would start the JIT compiler: 0.3 s a query.
     SET enable_bitmapscan = off
+    SET enable_indexscan = on
     SET enable_seqscan = off
     SET jit = off
+    SET plan_cache_mode = force_custom_plan
 AS $$
 #variable_conflict use_column
+DECLARE
+    -- As in _judge(): what the shortest patience with a silent worker is, and whether some rule limits the run.
+    patience interval := _doing_jobs.seconds_since_heartbeat;
+    runs_are_limited boolean := _doing_jobs.nb_seconds IS NOT NULL;
+    by_rules CONSTANT boolean := patience IS NULL AND NOT runs_are_limited;
 BEGIN
-    IF job_ids IS NULL THEN
-        RETURN QUERY
-            SELECT id, queue_name::text, task_name::text, priority, lock, queueing_lock, args, status::text,
-                   scheduled_at, attempts, abort_requested, worker_id
-                FROM procrastinate_jobs
-                WHERE status = 'doing';
-    ELSE
-        RETURN QUERY
-            SELECT id, queue_name::text, task_name::text, priority, lock, queueing_lock, args, status::text,
-                   scheduled_at, attempts, abort_requested, worker_id
-                FROM procrastinate_jobs
-                -- As text, so that no partial index fits and the primary key is taken.
-                WHERE id = ANY (job_ids) AND status::text = 'doing';
+    IF by_rules THEN
+        SELECT min(heartbeat_timeout), count(run_timeout) > 0
+            INTO patience, runs_are_limited
+            FROM procrastinate_stalled.rules
+            WHERE enabled AND action <> 'ignore' AND (expires_at IS NULL OR expires_at > now());
     END IF;
+
+    -- What died since cannot be marked then. A bitmap scan reads the table in its own order, a plain scan in that of the
+    -- locks, which takes ten times as long.
+    IF procrastinate_stalled._snapshot_is_held() THEN
+        PERFORM set_config('enable_bitmapscan', 'on', true), set_config('enable_indexscan', 'off', true);
+    END IF;
+
+    SELECT coalesce(array_agg(id) FILTER (WHERE is_asked_for), '{}'),
+           coalesce(array_agg(id) FILTER (WHERE worker_id IS NULL), '{}'),
+           coalesce(array_agg(id) FILTER (WHERE is_asked_for AND (
+               worker_id IS NULL
+               OR worker_id IN (
+                   SELECT worker.id
+                       FROM procrastinate_workers AS worker
+                       WHERE worker.last_heartbeat <= now() - patience
+               )
+               OR (runs_are_limited AND (NOT by_rules OR EXISTS (
+                   SELECT
+                       FROM procrastinate_stalled.rules AS rule
+                       WHERE rule.enabled
+                           AND rule.run_timeout IS NOT NULL
+                           AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                           AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
+                           AND (rule.args IS NULL OR job.args @> rule.args)
+               )))
+           )), '{}')
+        INTO ids, orphan_ids, suspect_ids
+        FROM (
+            SELECT *,
+                   (_doing_jobs.queue IS NULL OR queue_name = _doing_jobs.queue)
+                       AND (_doing_jobs.task_name IS NULL OR task_name = _doing_jobs.task_name) AS is_asked_for
+                FROM procrastinate_jobs
+                WHERE status = 'doing'
+                ORDER BY id
+        ) AS job;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._doing_jobs(bigint[]) IS
-    'The jobs in doing, all of them or those of the given ids.';
+COMMENT ON FUNCTION procrastinate_stalled._doing_jobs(text, text, interval, interval) IS
+    'The ids of the jobs in doing; of all those without a worker, whatever their queue and task; and of those that may be stalled: not if their worker was heard of lately and no rule limits their run. The one place that reads all jobs in doing.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._waiting_job(
@@ -883,6 +931,11 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._judge(
     LANGUAGE plpgsql
     STABLE
     SET search_path FROM CURRENT
+    -- Planned once, for few jobs: by their ids, never by a scan of all jobs that there are.
+    SET plan_cache_mode = force_generic_plan
+    SET join_collapse_limit = 1
+    SET enable_seqscan = off
+    SET enable_bitmapscan = off
     SET jit = off
 AS $$
 #variable_conflict use_column
@@ -892,45 +945,30 @@ DECLARE
     available_since CONSTANT timestamp with time zone := (
         SELECT at FROM procrastinate_stalled._available_since() AS at WHERE at <= clock_timestamp()
     );
-    latest_heartbeat CONSTANT timestamp with time zone := (
+    last_sign_of_life CONSTANT timestamp with time zone := (
         SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()
     );
     -- Between the migrations 3.1 pre and post there are workers of Procrastinate 3.0: they have no row, and their jobs
     -- look like orphans.
     has_nameless_workers CONSTANT boolean := to_regproc('procrastinate_fetch_job_v1') IS NOT NULL;
-    grace interval;
-    demands_live_worker boolean;
+    far_future CONSTANT timestamp with time zone := now() + interval '1 year';
+    ids bigint[] := _judge.job_ids;
+    grace CONSTANT interval := (SELECT outage_grace FROM procrastinate_stalled.settings);
+    demands_live_worker CONSTANT boolean := coalesce((SELECT require_live_worker FROM procrastinate_stalled.settings), true);
 BEGIN
-    SELECT outage_grace, require_live_worker
-        INTO grace, demands_live_worker
-        FROM procrastinate_stalled.settings;
+    IF ids IS NULL THEN
+        SELECT CASE WHEN _judge.also_running THEN doing.ids ELSE doing.suspect_ids END
+            INTO ids
+            FROM procrastinate_stalled._doing_jobs(_judge.queue, _judge.task_name, _judge.seconds_since_heartbeat, _judge.nb_seconds) AS doing;
+    END IF;
 
     RETURN QUERY
-    WITH silence AS MATERIALIZED (
-        -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it counts
-        -- when a sweep last saw nobody alive. A worker that is new since tells nothing of the others; and when it
-        -- starts, it prunes them.
-        SELECT rule.name AS rule_name, sweep.started_at AS nobody_until, sweep.latest_heartbeat AS nobody_since
-            FROM procrastinate_stalled.rules AS rule
-            CROSS JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.sweeps AS sweep
-                    WHERE sweep.started_at >= now() - rule.heartbeat_timeout
-                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
-                    ORDER BY sweep.started_at DESC
-                    LIMIT 1
-            ) AS sweep
-            WHERE by_rules
-                AND demands_live_worker IS NOT FALSE
-                AND sweep.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
-    ), running AS (
-        SELECT job.*,
-               worker.last_heartbeat,
-               orphan.seen_at,
-               event.started_at,
-               event.deferred_at,
-               rule.name AS next_rule_name,
-               rule.action AS rule_action,
+    WITH rule AS MATERIALIZED (
+        SELECT rule.name,
+               rule.queue_name,
+               rule.task_name,
+               rule.args,
+               rule.action,
                CASE WHEN rule.action <> 'ignore' THEN rule.heartbeat_timeout END AS heartbeat_timeout,
                CASE WHEN rule.action <> 'ignore' THEN rule.run_timeout END AS run_timeout,
                rule.max_rescues,
@@ -939,72 +977,114 @@ BEGIN
                rule.retry_queue_name,
                rule.retry_priority,
                rule.on_duplicate,
+               rule.expires_at,
+               rule.note,
+               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
+               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
+               available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
+               demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
+               silence.started_at AS nobody_until,
+               silence.latest_heartbeat AS nobody_since
+            FROM procrastinate_stalled.rules AS rule
+            LEFT JOIN LATERAL (
+                -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it
+                -- counts when a sweep last saw nobody alive.
+                SELECT sweep.started_at, sweep.latest_heartbeat, sweep.newest_worker_id
+                    FROM procrastinate_stalled.sweeps AS sweep
+                    WHERE by_rules
+                        AND demands_live_worker
+                        AND sweep.started_at >= now() - rule.heartbeat_timeout
+                        AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
+                    ORDER BY sweep.started_at DESC
+                    LIMIT 1
+            -- A worker that is new since tells nothing of the others; and when it starts, it prunes them.
+            ) AS silence ON silence.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
+            WHERE rule.enabled AND (rule.expires_at IS NULL OR rule.expires_at > now())
+    ), running AS (
+        SELECT job.id,
+               job.queue_name::text AS queue_name,
+               job.task_name::text AS task_name,
+               job.priority,
+               job.lock,
+               job.queueing_lock,
+               job.args,
+               job.status::text AS status,
+               job.scheduled_at,
+               job.attempts,
+               job.abort_requested,
+               job.worker_id,
+               worker.last_heartbeat,
+               CASE WHEN job.worker_id IS NULL THEN (
+                   SELECT orphan.seen_at
+                       FROM procrastinate_stalled.orphans AS orphan
+                       WHERE orphan.job_id = job.id AND orphan.attempts = job.attempts
+               ) END AS seen_at,
+               (
+                   SELECT max(event.at)
+                       FROM procrastinate_events AS event
+                       WHERE event.job_id = job.id AND event.type = 'started'
+               ) AS started_at,
+               rule.name AS next_rule_name,
+               rule.action AS rule_action,
+               rule.heartbeat_timeout,
+               rule.run_timeout,
+               rule.max_rescues,
+               rule.retry_delay,
+               rule.retry_backoff,
+               rule.retry_queue_name,
+               rule.retry_priority,
+               rule.on_duplicate,
+               rule.forgiven_until AS survivors_forgiven_until,
+               coalesce(rule.nobody_is_alive, demands_live_worker) AS nobody_is_alive,
+               rule.nobody_until,
+               rule.nobody_since,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
-               pause.note AS pause_note,
-               silence.nobody_until,
-               silence.nobody_since
-            FROM procrastinate_stalled._doing_jobs(job_ids) AS job
+               pause.note AS pause_note
+            FROM procrastinate_jobs AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
-            LEFT JOIN procrastinate_stalled.orphans AS orphan
-                ON job.worker_id IS NULL AND orphan.job_id = job.id AND orphan.attempts = job.attempts
+            -- The first rule that is no pause, and the first pause if it comes before.
             CROSS JOIN LATERAL (
-                SELECT max(event.at) FILTER (WHERE event.type = 'started') AS started_at,
-                       min(event.at) FILTER (WHERE event.type = 'deferred') AS deferred_at
-                    FROM procrastinate_events AS event
-                    WHERE event.job_id = job.id
-            ) AS event
-            -- The first rule that is no pause, and the first pause before it.
-            LEFT JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.rules AS rule
-                    WHERE rule.enabled
-                        AND (rule.expires_at IS NULL OR (rule.expires_at > now() AND rule.action <> 'ignore'))
-                        AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                SELECT min(rule.number) FILTER (WHERE NOT rule.is_pause) AS rule_number,
+                       min(rule.number) FILTER (WHERE rule.is_pause) AS pause_number
+                    FROM rule
+                    WHERE (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
                         AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
                         AND (rule.args IS NULL OR job.args @> rule.args)
-                    ORDER BY rule.position, rule.name
-                    LIMIT 1
-            ) AS rule ON true
-            LEFT JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled.rules AS pause
-                    WHERE pause.enabled
-                        AND pause.expires_at > now()
-                        AND pause.action = 'ignore'
-                        AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
-                        AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
-                        AND (pause.args IS NULL OR job.args @> pause.args)
-                        AND (rule.name IS NULL OR (pause.position, pause.name) < (rule.position, rule.name))
-                    ORDER BY pause.position, pause.name
-                    LIMIT 1
-            ) AS pause ON true
-            LEFT JOIN silence ON silence.rule_name = rule.name
-            WHERE (_judge.queue IS NULL OR job.queue_name = _judge.queue)
+            ) AS first
+            LEFT JOIN rule ON rule.number = first.rule_number
+            LEFT JOIN rule AS pause
+                ON pause.number = first.pause_number AND coalesce(first.pause_number < first.rule_number, true)
+            -- As text, so that no partial index fits and the primary key is taken.
+            WHERE job.id = ANY (ids)
+                AND job.status::text = 'doing'
+                AND (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
+            -- A fence, as those below: what is above it is not computed again for each mention below.
+            OFFSET 0
     ), heard AS (
         SELECT running.*,
                -- A sum with a time in the far future may be out of range; and an infinite time has no words.
-               CASE WHEN started_at < now() + interval '1 year' THEN greatest(started_at, 'epoch') END AS ran_since,
+               CASE WHEN started_at < far_future THEN greatest(started_at, 'epoch') END AS ran_since,
                CASE
                    WHEN worker_id IS NULL THEN coalesce(seen_at, now())
-                   WHEN last_heartbeat < now() + interval '1 year' THEN greatest(last_heartbeat, 'epoch')
+                   WHEN last_heartbeat < far_future THEN greatest(last_heartbeat, 'epoch')
                END AS silent_since,
-               -- Not heard of since an outage: the fetch of the job tells it of a worker whose row is gone.
                CASE
-                   WHEN worker_id IS NOT NULL THEN last_heartbeat < available_since
-                   ELSE coalesce(started_at < available_since, true)
-               END AS lost_in_outage
+                   -- Not heard of since an outage: the fetch of the job tells it of a worker whose row is gone.
+                   WHEN CASE
+                       WHEN worker_id IS NOT NULL THEN last_heartbeat < available_since
+                       ELSE coalesce(started_at < available_since, true)
+                   END THEN survivors_forgiven_until
+               END AS forgiven_until
             FROM running
+            OFFSET 0
     ), dated AS (
         SELECT heard.*,
-               CASE WHEN lost_in_outage THEN available_since + greatest(heartbeat_timeout, grace) END AS forgiven_until,
                CASE
                    WHEN by_rules THEN ran_since + run_timeout
                    ELSE ran_since + _judge.nb_seconds
-               END AS run_ends_at,
-               demands_live_worker IS NOT FALSE
-                   AND coalesce(latest_heartbeat < now() - heartbeat_timeout / 2, true) AS nobody_is_alive
+               END AS run_ends_at
             FROM heard
     ), silent AS (
         SELECT dated.*,
@@ -1025,6 +1105,7 @@ BEGIN
                        CASE WHEN worker_id IS NULL THEN '-infinity' ELSE silent_since END + _judge.seconds_since_heartbeat
                END AS silent_at
             FROM dated
+            OFFSET 0
     ), reasoned AS (
         SELECT silent.*,
                CASE
@@ -1039,6 +1120,7 @@ BEGIN
         SELECT reasoned.*,
                CASE reason WHEN 'run_timeout' THEN run_ends_at ELSE silent_at END AS stalled_at
             FROM reasoned
+            OFFSET 0
     ), judged AS (
         SELECT found.*,
                CASE
@@ -1055,7 +1137,6 @@ BEGIN
         SELECT *
             FROM judged
             WHERE NOT by_rules OR verdict IN ('stalled', 'held') OR _judge.also_running
-            -- A fence: what is above is not computed again for each mention below.
             OFFSET 0
     ), numbered AS (
         SELECT chosen.*,
@@ -1071,26 +1152,33 @@ BEGIN
                 -- An older row is of another job, which had this id before Procrastinate's tables were made anew.
                 SELECT count(*) AS rescues
                     FROM procrastinate_stalled.rescues AS rescue
-                    WHERE rescue.job_id = chosen.id
-                        AND (deferred_at IS NULL OR rescue.rescued_at >= deferred_at)
+                    WHERE chosen.attempts > 0 -- each retry has added one
+                        AND rescue.job_id = chosen.id
                         AND rescue.action = 'retried'
                         AND rescue.reason <> 'manual'
+                        AND rescue.rescued_at >= coalesce((
+                            SELECT min(event.at)
+                                FROM procrastinate_events AS event
+                                WHERE event.job_id = chosen.id AND event.type = 'deferred'
+                        ), '-infinity')
             ) AS earlier
-            LEFT JOIN LATERAL procrastinate_stalled._waiting_job(chosen.queueing_lock) AS waiting ON true
+            LEFT JOIN LATERAL (
+                SELECT *
+                    FROM procrastinate_stalled._waiting_job(chosen.queueing_lock)
+                    WHERE chosen.queueing_lock IS NOT NULL
+            ) AS waiting ON true
+    ), successor AS (
+        -- Of several stalled jobs with one queueing lock the first takes the place in todo.
+        SELECT DISTINCT ON (queueing_lock) queueing_lock, id
+            FROM numbered
+            WHERE may_be_retried AND queueing_lock IS NOT NULL AND verdict IN ('stalled', 'held')
+            ORDER BY queueing_lock, verdict DESC, id
     ), planned AS (
         SELECT numbered.*,
-               CASE WHEN may_be_retried AND queueing_lock IS NOT NULL THEN coalesce(
-                   waiting_id,
-                   -- Of several stalled jobs with one queueing lock the first takes the place in todo.
-                   nullif(
-                       first_value(CASE WHEN verdict <> 'running' THEN id END) OVER (
-                           PARTITION BY queueing_lock, may_be_retried
-                           ORDER BY array_position(ARRAY['stalled', 'held', 'running'], verdict), id
-                       ),
-                       id
-                   )
-               ) END AS duplicate_of
+               CASE WHEN may_be_retried THEN coalesce(waiting_id, nullif(successor.id, numbered.id)) END AS duplicate_of
             FROM numbered
+            LEFT JOIN successor ON successor.queueing_lock = numbered.queueing_lock
+            OFFSET 0
     ), decided AS (
         SELECT planned.*,
                CASE
@@ -1102,6 +1190,7 @@ BEGIN
                    ELSE 'fail'
                END AS action
             FROM planned
+            OFFSET 0
     )
     SELECT id,
            queue_name,
@@ -1155,8 +1244,7 @@ BEGIN
            pause_ends_at,
            pause_note,
            next_rule_name
-        FROM decided
-        ORDER BY id;
+        FROM decided;
 END;
 $$;
 
@@ -1208,7 +1296,8 @@ BEGIN
                 procrastinate_stalled._seconds('nb_seconds', nb_seconds)
             ) AS judged
             -- The rule of a paused job says that it is ignored.
-            WHERE judged.verdict <> 'held' OR judged.pause_name IS NULL;
+            WHERE judged.verdict <> 'held' OR judged.pause_name IS NULL
+            ORDER BY judged.id;
 END;
 $$;
 
@@ -1488,6 +1577,8 @@ AS $$
 #variable_conflict use_column
 DECLARE
     explained procrastinate_stalled.explained_job;
+    explained_queueing_lock text;
+    doing_ids bigint[];
 BEGIN
     IF explain_job.job_id IS NULL THEN
         RAISE EXCEPTION USING
@@ -1498,22 +1589,28 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_procrastinate();
-    SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts
-        INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts
+    SELECT job.id, job.queue_name::text, job.task_name::text, job.status::text, job.attempts, job.queueing_lock
+        INTO explained.job_id, explained.queue_name, explained.task_name, explained.status, explained.attempts, explained_queueing_lock
         FROM procrastinate_jobs AS job
         WHERE job.id = explain_job.job_id;
 
     IF explained.status = 'doing' THEN
+        doing_ids := CASE
+            WHEN explained_queueing_lock IS NULL THEN ARRAY[explain_job.job_id]
+            ELSE (procrastinate_stalled._doing_jobs()).ids
+        END;
         SELECT (procrastinate_stalled._explained(judged)).*
             INTO explained
             FROM procrastinate_stalled._judge(
-                -- The jobs with the same queueing lock are judged with it, because one of them may take its place.
                 job_ids => ARRAY(
                     SELECT doing.id
-                        FROM procrastinate_stalled._doing_jobs(NULL) AS doing
-                        JOIN procrastinate_jobs AS job
-                            ON job.id = explain_job.job_id
-                            AND (doing.id = job.id OR doing.queueing_lock = job.queueing_lock)
+                        FROM procrastinate_jobs AS doing
+                        WHERE doing.id = ANY (doing_ids)
+                            AND (
+                                doing.id = explain_job.job_id
+                                -- They are judged with it, because one of them may take its place.
+                                OR doing.queueing_lock = explained_queueing_lock
+                            )
                 ),
                 also_running => true
             ) AS judged
@@ -1557,8 +1654,11 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled.workers()
     SET search_path FROM CURRENT
 AS $$
 #variable_conflict use_column
+DECLARE
+    doing_ids bigint[];
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    doing_ids := (procrastinate_stalled._doing_jobs()).ids;
     RETURN QUERY
         SELECT worker.id,
                worker.last_heartbeat,
@@ -1570,7 +1670,11 @@ BEGIN
                    ELSE 'silent'
                END
             FROM procrastinate_workers AS worker
-            LEFT JOIN procrastinate_stalled._doing_jobs(NULL) AS job ON job.worker_id = worker.id
+            LEFT JOIN (
+                SELECT id, worker_id
+                    FROM procrastinate_jobs
+                    WHERE id = ANY (doing_ids)
+            ) AS job ON job.worker_id = worker.id
             GROUP BY worker.id
             ORDER BY worker.id;
 END;
@@ -1632,22 +1736,34 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
     task_name text,
     seconds_since_heartbeat interval,
     nb_seconds interval,
-    job_ids bigint[]
+    job_ids bigint[],
+    OUT rescue_ids bigint[],
+    OUT retried bigint,
+    OUT failed bigint,
+    OUT aborted bigint
 )
-    RETURNS SETOF procrastinate_stalled.rescues
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
+    -- As for _judge().
+    SET plan_cache_mode = force_generic_plan
+    SET enable_seqscan = off
+    SET enable_bitmapscan = off
+    SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE
     candidates procrastinate_stalled._judged_job[];
     silent_workers bigint[];
-    rescued procrastinate_stalled.rescues[];
-    to_wake bigint[] := ARRAY[]::bigint[];
     rest bigint[] := job_ids;
     duplicates bigint[];
+    rescued bigint[];
+    to_wake bigint[];
 BEGIN
+    rescue_ids := '{}';
+    retried := 0;
+    failed := 0;
+    aborted := 0;
     LOOP
         candidates := ARRAY(
             SELECT judged
@@ -1669,7 +1785,23 @@ BEGIN
         );
 
         WITH candidate AS (
-            SELECT *
+            SELECT id,
+                   queue_name,
+                   task_name,
+                   queueing_lock,
+                   attempts,
+                   abort_requested,
+                   worker_id,
+                   last_heartbeat,
+                   started_at,
+                   rule_name,
+                   reason,
+                   action,
+                   detail,
+                   duplicate_of,
+                   retry_at,
+                   retry_queue_name,
+                   retry_priority
                 FROM unnest(candidates)
         ), waiting AS (
             -- A job is ended as a duplicate only while the other one stays in todo, which this lock sees to.
@@ -1693,10 +1825,10 @@ BEGIN
         ), changed AS (
             UPDATE procrastinate_jobs AS job
                 SET status = CASE run.action
-                        WHEN 'retry' THEN 'todo'
-                        WHEN 'abort' THEN 'aborted'
-                        ELSE 'failed'
-                    END::procrastinate_job_status,
+                        WHEN 'retry' THEN 'todo'::procrastinate_job_status
+                        WHEN 'abort' THEN 'aborted'::procrastinate_job_status
+                        ELSE 'failed'::procrastinate_job_status
+                    END,
                     attempts = CASE run.action WHEN 'retry' THEN job.attempts + 1 ELSE job.attempts END,
                     scheduled_at = CASE run.action WHEN 'retry' THEN run.retry_at ELSE job.scheduled_at END,
                     queue_name = coalesce(run.retry_queue_name, job.queue_name),
@@ -1724,32 +1856,31 @@ BEGIN
                        attempts,
                        retry_at
                     FROM changed
-                    ORDER BY id
-                RETURNING *
+                RETURNING id, job_id, action
         )
-        SELECT array_agg(ROW(ledger.*)::procrastinate_stalled.rescues ORDER BY id)
-            INTO rescued
+        SELECT array_agg(job_id),
+               _rescue.rescue_ids || array_agg(id),
+               _rescue.retried + count(*) FILTER (WHERE action = 'retried'),
+               _rescue.failed + count(*) FILTER (WHERE action = 'failed'),
+               _rescue.aborted + count(*) FILTER (WHERE action = 'aborted'),
+               to_wake || ARRAY(
+                   -- The first of each queue that is due.
+                   SELECT min(id)
+                       FROM changed
+                       WHERE action = 'retry' AND retry_at IS NULL
+                       GROUP BY coalesce(retry_queue_name, queue_name)
+               ),
+               ARRAY(SELECT id FROM candidate WHERE duplicate_of IS NOT NULL)
+            INTO rescued, rescue_ids, retried, failed, aborted, to_wake, duplicates
             FROM ledger;
 
-        RETURN QUERY
-            SELECT *
-                FROM unnest(rescued);
-
+        EXIT WHEN duplicates = '{}';
         -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped them
         -- while they were locked here, or they wait for the ended one's lock.
-        to_wake := to_wake || ARRAY(
-            SELECT job_id FROM unnest(rescued) WHERE action = 'retried'
-            UNION
-            SELECT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
-        );
-
+        to_wake := to_wake || ARRAY(SELECT DISTINCT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL);
         -- Once more for the duplicates of a job that was stalled itself: it is in todo now, or another session has it
         -- locked and the next one with the queueing lock may take its place.
-        duplicates := ARRAY(
-            SELECT id FROM unnest(candidates) WHERE duplicate_of IS NOT NULL
-            EXCEPT
-            SELECT job_id FROM unnest(rescued)
-        );
+        duplicates := ARRAY(SELECT unnest(duplicates) EXCEPT SELECT unnest(rescued));
         EXIT WHEN duplicates = '{}' OR cardinality(duplicates) = cardinality(rest);
         rest := duplicates;
     END LOOP;
@@ -1759,19 +1890,23 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._rescue(text, text, interval, interval, bigint[]) IS
-    'Judges the given jobs anew and rescues those that are stalled, all or none. Returns their ledger rows. Raises unique_violation or lock_not_available when a session defers a job with the queueing lock of one of them at this very moment.';
+    'Judges the given jobs anew and rescues those that are stalled, all or none. Returns the ids of their rows in rescues, and how many were retried, failed and aborted. Raises unique_violation or lock_not_available when a session defers a job with the queueing lock of one of them at this very moment.';
 
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled._note_orphans()
+CREATE OR REPLACE FUNCTION procrastinate_stalled._note_orphans(
+    orphan_ids bigint[]
+)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
-    SET enable_bitmapscan = off
     SET enable_seqscan = off
     SET jit = off
 AS $$
 BEGIN
+    IF orphan_ids = '{}' AND NOT EXISTS (SELECT FROM procrastinate_stalled.orphans) THEN
+        RETURN;
+    END IF;
     -- One session at a time, and nobody waits: who comes second leaves it to the first.
     IF NOT pg_try_advisory_xact_lock(hashtextextended('procrastinate_stalled.orphans', 0)) THEN
         RETURN;
@@ -1783,14 +1918,16 @@ BEGIN
                 FROM procrastinate_jobs AS job
                 WHERE job.id = orphan.job_id
                     AND job.attempts = orphan.attempts
-                    AND job.status = 'doing'
+                    -- As text, so that no partial index fits and the primary key is taken.
+                    AND job.status::text = 'doing'
                     AND job.worker_id IS NULL
         );
 
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
-            WHERE job.status = 'doing'
+            WHERE job.id = ANY (orphan_ids)
+                AND job.status::text = 'doing'
                 AND job.worker_id IS NULL
                 -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
                 AND to_regproc('procrastinate_fetch_job_v1') IS NULL
@@ -1798,8 +1935,8 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._note_orphans() IS
-    'Notes the jobs in doing that have lost their worker row, and forgets those that are in that run no more.';
+COMMENT ON FUNCTION procrastinate_stalled._note_orphans(bigint[]) IS
+    'Notes the jobs in doing that have lost their worker row, which are those of the given ids, and forgets those that are in that run no more.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_job(
@@ -1990,16 +2127,18 @@ COMMENT ON FUNCTION procrastinate_stalled._lock_jobs_table() IS
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
     queue text,
-    task_name text
+    task_name text,
+    seconds_since_heartbeat interval,
+    nb_seconds interval,
+    OUT sweep_id bigint,
+    OUT suspect_ids bigint[]
 )
-    RETURNS bigint
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
 AS $$
-#variable_conflict use_column
 DECLARE
-    sweep_id bigint;
+    doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._lock_jobs_table();
@@ -2011,53 +2150,48 @@ BEGIN
             NULL; -- another sweep does it
         END;
     END IF;
-    PERFORM procrastinate_stalled._note_orphans();
+    doing := procrastinate_stalled._doing_jobs(queue, task_name, seconds_since_heartbeat, nb_seconds);
+    PERFORM procrastinate_stalled._note_orphans(doing.orphan_ids);
     INSERT INTO procrastinate_stalled.sweeps (doing, latest_heartbeat, newest_worker_id)
-        SELECT count(*),
-               (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
-               (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
-            FROM procrastinate_stalled._doing_jobs(NULL)
-            WHERE (_begin_sweep.queue IS NULL OR queue_name = _begin_sweep.queue)
-                AND (_begin_sweep.task_name IS NULL OR task_name = _begin_sweep.task_name)
+        VALUES (
+            cardinality(doing.ids),
+            (SELECT max(last_heartbeat) FROM procrastinate_workers WHERE last_heartbeat <= clock_timestamp()),
+            (SELECT coalesce(max(worker.id), 0) FROM procrastinate_workers AS worker)
+        )
         RETURNING id
         INTO sweep_id;
-    RETURN sweep_id;
+    suspect_ids := doing.suspect_ids;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._begin_sweep(text, text) IS
-    'Notes orphans and opens the row of a sweep. Returns its id.';
+COMMENT ON FUNCTION procrastinate_stalled._begin_sweep(text, text, interval, interval) IS
+    'Looks at the jobs in doing once, notes orphans and opens the row of a sweep. Returns its id, and the ids of the jobs that may be stalled.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._batches(
-    queue text DEFAULT NULL,
-    task_name text DEFAULT NULL,
-    seconds_since_heartbeat interval DEFAULT NULL,
-    nb_seconds interval DEFAULT NULL,
-    batch_size integer DEFAULT 1000
+    job_ids bigint[],
+    batch_size integer
 )
-    RETURNS TABLE (job_ids bigint[])
+    RETURNS TABLE (batch bigint[])
     LANGUAGE plpgsql
-    STABLE
+    IMMUTABLE
     SET search_path FROM CURRENT
-    SET lock_timeout = '100ms'
 AS $$
+DECLARE
+    jobs CONSTANT integer := cardinality(job_ids);
+    size CONSTANT integer := least(batch_size, jobs);
 BEGIN
-    RETURN QUERY
-    WITH to_rescue AS (
-        SELECT judged.id, row_number() OVER (ORDER BY judged.id) AS number
-            FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds) AS judged
-            WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
-    )
-    SELECT array_agg(id ORDER BY id)
-        FROM to_rescue
-        GROUP BY (number - 1) / batch_size
-        ORDER BY min(id);
+    IF jobs > 0 THEN
+        FOR number IN 1..jobs BY size LOOP
+            batch := job_ids[number:number + size - 1];
+            RETURN NEXT;
+        END LOOP;
+    END IF;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._batches(text, text, interval, interval, integer) IS
-    'The ids of the stalled jobs that a sweep can rescue now, in batches, in id order.';
+COMMENT ON FUNCTION procrastinate_stalled._batches(bigint[], integer) IS
+    'The ids in batches of that many.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
@@ -2067,7 +2201,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     seconds_since_heartbeat interval,
     nb_seconds interval,
     job_ids bigint[],
-    OUT rescued procrastinate_stalled.rescues[],
+    OUT rescue_ids bigint[],
     OUT one_by_one boolean
 )
     LANGUAGE plpgsql
@@ -2076,15 +2210,13 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
 AS $$
 #variable_conflict use_column
 DECLARE
+    rescue record;
     violated_constraint text;
 BEGIN
     one_by_one := false;
     PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
-        rescued := ARRAY(
-            SELECT rescue
-                FROM procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids) AS rescue
-        );
+        rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
     EXCEPTION WHEN OTHERS THEN
         IF cardinality(job_ids) > 1 THEN
             one_by_one := true;
@@ -2100,11 +2232,14 @@ BEGIN
         RETURN;
     END;
 
-    UPDATE procrastinate_stalled.sweeps
-        SET retried = retried + (SELECT count(*) FROM unnest(rescued) WHERE action = 'retried'),
-            failed = failed + (SELECT count(*) FROM unnest(rescued) WHERE action = 'failed'),
-            aborted = aborted + (SELECT count(*) FROM unnest(rescued) WHERE action = 'aborted')
-        WHERE id = sweep_id;
+    rescue_ids := rescue.rescue_ids;
+    IF rescue_ids <> '{}' THEN
+        UPDATE procrastinate_stalled.sweeps
+            SET retried = retried + rescue.retried,
+                failed = failed + rescue.failed,
+                aborted = aborted + rescue.aborted
+            WHERE id = sweep_id;
+    END IF;
 END;
 $$;
 
@@ -2117,7 +2252,8 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
     queue text,
     task_name text,
     seconds_since_heartbeat interval,
-    nb_seconds interval
+    nb_seconds interval,
+    suspect_ids bigint[]
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -2164,14 +2300,16 @@ BEGIN
                 SELECT count(*) FILTER (WHERE verdict = 'stalled'),
                        count(*) FILTER (WHERE verdict = 'held'),
                        string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held')
-                    FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds)
+                    FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, suspect_ids)
+                    -- The usual case: there were none, or all of them were rescued.
+                    WHERE retried + failed + aborted < cardinality(suspect_ids)
             ),
             duration = clock_timestamp() - started_at
         WHERE id = sweep_id;
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval) IS
+COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval, bigint[]) IS
     'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
 
 
@@ -2185,6 +2323,7 @@ AS $$
 -- names (assignments, conditions, loops): no operator, no cast, no function of PostgreSQL.
 DECLARE
     sweep_id bigint;
+    suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
     job_id bigint;
@@ -2193,11 +2332,15 @@ BEGIN
         RETURN;
     END IF;
 
-    sweep_id := procrastinate_stalled._begin_sweep(NULL, NULL);
+    -- An idle sweep does not wait for the disk: what a crash may take from it is seen again by the next one.
+    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    SELECT begun.sweep_id, begun.suspect_ids
+        INTO sweep_id, suspect_ids
+        FROM procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL) AS begun;
     -- Whatever ends the sweep from here on, its row and the orphans that it saw first remain.
     COMMIT;
     FOR batch IN
-        SELECT job_ids FROM procrastinate_stalled._batches(batch_size => sweep.batch_size)
+        SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
@@ -2208,7 +2351,8 @@ BEGIN
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL);
+    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids);
     COMMIT;
 END;
 $$;
@@ -2241,7 +2385,7 @@ AS $$
 DECLARE
     silence CONSTANT interval := procrastinate_stalled._seconds('seconds_since_heartbeat', seconds_since_heartbeat);
     run_time CONSTANT interval := procrastinate_stalled._seconds('nb_seconds', nb_seconds);
-    sweep_id bigint;
+    sweep record;
     batch bigint[];
     result record;
     single bigint;
@@ -2280,31 +2424,41 @@ BEGIN
         RETURN;
     END IF;
 
-    sweep_id := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name);
+    sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
     FOR batch IN
-        SELECT job_ids
+        SELECT batches.batch
             FROM procrastinate_stalled._batches(
-                retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, least(max_jobs, 1000)
-            )
+                ARRAY(
+                    SELECT id
+                        FROM procrastinate_stalled._judge(
+                            retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, sweep.suspect_ids
+                        )
+                        WHERE verdict = 'stalled' AND action IN ('retry', 'fail', 'abort')
+                        ORDER BY id
+                ),
+                least(max_jobs, 1000)
+            ) AS batches
     LOOP
         EXIT WHEN done >= max_jobs;
         batch := batch[1:coalesce(max_jobs - done, cardinality(batch))];
         result := procrastinate_stalled._rescue_batch(
-            sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
+            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
         );
-        RETURN QUERY SELECT * FROM unnest(result.rescued);
-        done := done + coalesce(cardinality(result.rescued), 0);
+        RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
+        done := done + coalesce(cardinality(result.rescue_ids), 0);
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
-                    sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
+                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
                 );
-                RETURN QUERY SELECT * FROM unnest(result.rescued);
-                done := done + coalesce(cardinality(result.rescued), 0);
+                RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
+                done := done + coalesce(cardinality(result.rescue_ids), 0);
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    PERFORM procrastinate_stalled._end_sweep(
+        sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, sweep.suspect_ids
+    );
 END;
 $$;
 
@@ -3281,7 +3435,7 @@ BEGIN
     name := 'jobs';
     BEGIN
         PERFORM procrastinate_stalled._require_procrastinate();
-        SELECT (SELECT count(*) FROM procrastinate_stalled._doing_jobs(NULL)) AS doing,
+        SELECT cardinality((procrastinate_stalled._doing_jobs()).ids) AS doing,
                count(*) FILTER (WHERE verdict = 'stalled') AS stalled,
                count(*) FILTER (WHERE verdict = 'stalled' AND action = 'wait') AS waiting,
                count(*) FILTER (WHERE verdict = 'held') AS held,
