@@ -210,9 +210,18 @@ def test_a_worker_that_waits_starts_a_retried_job_at_once(
     worker = run_worker(database, queues=queues, fetch_job_polling_interval=600, stalled_worker_timeout=86400)
     listens = "SELECT FROM pg_stat_activity WHERE starts_with(query, 'LISTEN') AND state = 'idle'"
     wait_until(lambda: rows(connection, listens), "the worker listens")
+    is_busy = """
+        SELECT
+            FROM pg_stat_activity
+            WHERE datname = current_database()
+                AND pid <> pg_backend_pid()
+                AND (state <> 'idle' OR state_change > clock_timestamp() - interval '0.5 seconds')
+    """
 
     # Twice, because a notification that it cannot read would end its listening.
     for _ in range(2):
+        # A notification that comes while it fetches is lost: it forgets them when the fetch has found no job.
+        wait_until(lambda: not rows(connection, is_busy), "the worker waits")
         # Never in todo before, so that nothing else has woken the worker.
         (lost,) = rows(
             connection,
