@@ -27,10 +27,10 @@ migration: ## Assemble the next migration from sql/[0-9]*.sql
 release: ## Freeze the migration of this version
 	@scripts/assemble-migration --release
 
-bench: prepare ## Measure all that docs/speed.md tells, in an hour; a part with CASES="pickup retry_10k"
+bench: prepare ## Measure the cases of benchmarks/; a part with CASES="pickup retry_10k"
 	@$(BIN)/python -m benchmarks $(CASES)
 
-bench-quick: prepare ## The same at a tenth of the size, in five minutes
+bench-quick: prepare ## The same at a tenth of the size
 	@$(BIN)/python -m benchmarks --quick $(CASES)
 
 cases: prepare ## Count the jobs of living workers that run twice, by case and product

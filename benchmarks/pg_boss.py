@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 
 from benchmarks.bench import Bench, Figure, Ratio, Result, settle
-from benchmarks.rescue import all_are_back, bare_update, stall, sweep
+from benchmarks.rescue import all_are_back, bare_update, stall, sweep, wal_position
 from tests.server import PROJECT, database_name
 
 SOURCE = Path(__file__).with_suffix("")
@@ -107,13 +107,8 @@ def _measure_pg_boss(conninfo: str, jobs: int, ask: Callable[[str], float]) -> M
 def _with_wal(conninfo: str, seconds: Callable[[], float]) -> Measurement:
     """Add to the seconds that something tells of itself how much it wrote."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        before = _wal_position(connection)
-        return Measurement(seconds(), _wal_position(connection) - before)
-
-
-def _wal_position(connection: psycopg.Connection[tuple[int]]) -> int:
-    (position,) = connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone() or (0,)
-    return position
+        before = wal_position(connection)
+        return Measurement(seconds(), wal_position(connection) - before)
 
 
 def _install() -> None:

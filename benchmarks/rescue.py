@@ -96,11 +96,11 @@ def measure(conninfo: str, jobs: int, method: Callable[[str], object]) -> Measur
         watcher = threading.Thread(target=watch, args=(watching,))
         watcher.start()
         try:
-            wal_before = _wal_position(asking)
+            wal_before = wal_position(asking)
             begin = time.perf_counter()
             method(conninfo)
             seconds = time.perf_counter() - begin
-            wal_bytes = _wal_position(asking) - wal_before
+            wal_bytes = wal_position(asking) - wal_before
         finally:
             is_over.set()
             watcher.join()
@@ -109,7 +109,8 @@ def measure(conninfo: str, jobs: int, method: Callable[[str], object]) -> Measur
     return Measurement(seconds, wal_bytes, longest_lock)
 
 
-def _wal_position(connection: psycopg.Connection[tuple[int]]) -> int:
+def wal_position(connection: psycopg.Connection[tuple[int]]) -> int:
+    """Return how many bytes of WAL the server has written in its life."""
     (position,) = connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone() or (0,)
     return position
 
