@@ -21,8 +21,8 @@ BEGIN
         SELECT job.queue_name::text, json_build_object('type', 'job_inserted', 'job_id', min(job.id))::text
             FROM procrastinate_jobs AS job
             WHERE job.id = ANY (job_ids)
-                -- As text: a partial index of the jobs in todo fits otherwise, and may be read from end to end.
-                AND job.status::text = 'todo'
+                -- As a range: a partial index of the jobs in todo fits otherwise, and may be read from end to end.
+                AND job.status BETWEEN 'todo' AND 'todo'
                 AND (job.scheduled_at IS NULL OR job.scheduled_at <= now())
             GROUP BY job.queue_name
     LOOP
@@ -61,7 +61,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
 AS $$
 #variable_conflict use_column
 DECLARE
-    candidates procrastinate_stalled._judged_job[];
+    silent_since CONSTANT timestamp with time zone := procrastinate_stalled._silent_since(seconds_since_heartbeat, nb_seconds);
     silent_workers bigint[];
     rest bigint[] := job_ids;
     duplicates bigint[];
@@ -73,26 +73,17 @@ BEGIN
     failed := 0;
     aborted := 0;
     LOOP
-        candidates := ARRAY(
-            SELECT judged
-                FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest) AS judged
-                WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
-        );
-
-        -- A worker that beat since it was judged is dropped from the silent ones, and with it its jobs.
+        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue.
         silent_workers := ARRAY(
             SELECT worker.id
                 FROM procrastinate_workers AS worker
-                WHERE (worker.id, worker.last_heartbeat) IN (
-                    SELECT candidate.worker_id, candidate.last_heartbeat
-                        FROM unnest(candidates) AS candidate
-                        WHERE candidate.reason = 'heartbeat'
-                )
+                WHERE worker.last_heartbeat <= silent_since
+                    AND worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
                 ORDER BY worker.id
                 FOR NO KEY UPDATE OF worker SKIP LOCKED
         );
 
-        WITH candidate AS (
+        WITH candidate AS MATERIALIZED (
             SELECT id,
                    queue_name,
                    task_name,
@@ -110,23 +101,25 @@ BEGIN
                    retry_at,
                    retry_queue_name,
                    retry_priority
-                FROM unnest(candidates)
+                FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest)
+                WHERE verdict = 'stalled'
+                    AND action IN ('retry', 'fail', 'abort')
+                    AND (reason <> 'heartbeat' OR worker_id IN (SELECT unnest(silent_workers)))
         ), waiting AS (
             -- A job is ended as a duplicate only while the other one stays in todo, which this lock sees to.
             SELECT job.id
                 FROM procrastinate_jobs AS job
                 WHERE (job.id, job.queueing_lock) IN (SELECT duplicate_of, queueing_lock FROM candidate)
-                    AND job.status::text = 'todo'
+                    AND job.status BETWEEN 'todo' AND 'todo'
                 FOR SHARE OF job SKIP LOCKED
         ), run AS (
             SELECT candidate.*
                 FROM procrastinate_jobs AS job
                 JOIN candidate ON candidate.id = job.id
-                WHERE job.status::text = 'doing'
+                WHERE job.status BETWEEN 'doing' AND 'doing'
                     AND job.worker_id IS NOT DISTINCT FROM candidate.worker_id
                     AND job.attempts = candidate.attempts
                     AND job.abort_requested = candidate.abort_requested
-                    AND (candidate.reason <> 'heartbeat' OR candidate.worker_id = ANY (silent_workers))
                     AND (candidate.duplicate_of IS NULL OR candidate.duplicate_of IN (SELECT id FROM waiting))
                 ORDER BY job.id
                 FOR NO KEY UPDATE OF job SKIP LOCKED
@@ -177,15 +170,15 @@ BEGIN
                        FROM changed
                        WHERE action = 'retry' AND retry_at IS NULL
                        GROUP BY coalesce(retry_queue_name, queue_name)
+               ) || ARRAY(
+                   -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped
+                   -- them while they were locked here, or they wait for the ended one's lock.
+                   SELECT DISTINCT duplicate_of FROM candidate WHERE duplicate_of IS NOT NULL
                ),
                ARRAY(SELECT id FROM candidate WHERE duplicate_of IS NOT NULL)
             INTO rescued, rescue_ids, retried, failed, aborted, to_wake, duplicates
             FROM ledger;
 
-        EXIT WHEN duplicates = '{}';
-        -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped them
-        -- while they were locked here, or they wait for the ended one's lock.
-        to_wake := to_wake || ARRAY(SELECT DISTINCT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL);
         -- Once more for the duplicates of a job that was stalled itself: it is in todo now, or another session has it
         -- locked and the next one with the queueing lock may take its place.
         duplicates := ARRAY(SELECT unnest(duplicates) EXCEPT SELECT unnest(rescued));
@@ -226,8 +219,8 @@ BEGIN
                 FROM procrastinate_jobs AS job
                 WHERE job.id = orphan.job_id
                     AND job.attempts = orphan.attempts
-                    -- As text, so that no partial index fits and the primary key is taken.
-                    AND job.status::text = 'doing'
+                    -- As in _judge(): the primary key is taken.
+                    AND job.status BETWEEN 'doing' AND 'doing'
                     AND job.worker_id IS NULL
         );
 
@@ -235,7 +228,7 @@ BEGIN
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
             WHERE job.id = ANY (orphan_ids)
-                AND job.status::text = 'doing'
+                AND job.status BETWEEN 'doing' AND 'doing'
                 AND job.worker_id IS NULL
                 -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
                 AND to_regproc('procrastinate_fetch_job_v1') IS NULL

@@ -20,8 +20,9 @@ SWEEP: LiteralString = "CALL procrastinate_stalled.sweep()"
 class Point(Enum):
     """A point in a sweep. The value locks what the sweep needs to go on from there."""
 
-    AFTER_JUDGEMENT = "SELECT pg_advisory_xact_lock(1, 1)"
+    BEFORE_WORKER_LOCK = "SELECT pg_advisory_xact_lock(1, 3)"
     AFTER_WORKER_LOCK = "LOCK TABLE procrastinate_stalled.rescues IN SHARE MODE"
+    AFTER_JUDGEMENT = "SELECT pg_advisory_xact_lock(1, 1)"
     WITHIN_UPDATE = "SELECT pg_advisory_xact_lock(1, 2)"
     """Just before the update of a job of the task `pause`; those with a higher id follow."""
 
@@ -55,6 +56,27 @@ BEGIN
     IF job_ids IS NOT NULL THEN
         PERFORM points.pass(1);
     END IF;
+END;
+$$;
+
+ALTER FUNCTION procrastinate_stalled._rescue SET SCHEMA points;
+CREATE FUNCTION procrastinate_stalled._rescue(
+    queue text,
+    task_name text,
+    seconds_since_heartbeat interval,
+    nb_seconds interval,
+    job_ids bigint[],
+    OUT rescue_ids bigint[],
+    OUT retried bigint,
+    OUT failed bigint,
+    OUT aborted bigint
+)
+    LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM points.pass(3);
+    SELECT rescue.*
+        INTO rescue_ids, retried, failed, aborted
+        FROM points._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids) AS rescue;
 END;
 $$;
 
@@ -137,7 +159,7 @@ def paused(connect: Callable[..., Connection], point: Point, query: LiteralStrin
     """Run a sweep up to the point, in a database that has the points. The sweep ends with the block."""
     observer = connect()
     if point is Point.AFTER_WORKER_LOCK:
-        observer.execute("ALTER FUNCTION procrastinate_stalled._rescue SET lock_timeout = 0")
+        observer.execute("ALTER FUNCTION points._rescue SET lock_timeout = 0")
     keeper = connect(autocommit=False)
     keeper.execute(point.value)
     with running(connect(application_name="pauses"), observer, query) as sweep:

@@ -740,6 +740,32 @@ COMMENT ON FUNCTION procrastinate_stalled._snapshot_is_held() IS
     'Whether a session has held a snapshot for 10 seconds. Of other roles'' sessions only members of pg_read_all_stats can see it.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._silent_since(
+    seconds_since_heartbeat interval,
+    nb_seconds interval
+)
+    RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF nb_seconds IS NOT NULL THEN
+        RETURN NULL;
+    END IF;
+    -- A tenth less: a month or a day may be shorter, added to a heartbeat, than subtracted from now.
+    RETURN now() - 0.9 * coalesce(seconds_since_heartbeat, (
+        SELECT min(heartbeat_timeout)
+            FROM procrastinate_stalled.rules
+            WHERE enabled AND action <> 'ignore' AND (expires_at IS NULL OR expires_at > now())
+    ));
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._silent_since(interval, interval) IS
+    'Only a worker that was last heard of then or earlier may count as silent, by the most impatient rule or by the seconds asked for. NULL: none may.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
     queue text DEFAULT NULL,
     task_name text DEFAULT NULL,
@@ -763,18 +789,16 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._doing_jobs(
 AS $$
 #variable_conflict use_column
 DECLARE
-    -- As in _judge(): what the shortest patience with a silent worker is, and whether some rule limits the run.
-    patience interval := _doing_jobs.seconds_since_heartbeat;
-    runs_are_limited boolean := _doing_jobs.nb_seconds IS NOT NULL;
-    by_rules CONSTANT boolean := patience IS NULL AND NOT runs_are_limited;
-BEGIN
-    IF by_rules THEN
-        SELECT min(heartbeat_timeout), count(run_timeout) > 0
-            INTO patience, runs_are_limited
+    by_rules CONSTANT boolean := _doing_jobs.seconds_since_heartbeat IS NULL AND _doing_jobs.nb_seconds IS NULL;
+    silent_since CONSTANT timestamp with time zone := procrastinate_stalled._silent_since(
+        _doing_jobs.seconds_since_heartbeat, _doing_jobs.nb_seconds
+    );
+    runs_are_limited CONSTANT boolean := _doing_jobs.nb_seconds IS NOT NULL OR (by_rules AND EXISTS (
+        SELECT
             FROM procrastinate_stalled.rules
-            WHERE enabled AND action <> 'ignore' AND (expires_at IS NULL OR expires_at > now());
-    END IF;
-
+            WHERE enabled AND action <> 'ignore' AND run_timeout IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
+    ));
+BEGIN
     -- What died since cannot be marked then. A bitmap scan reads the table in its own order, a plain scan in that of the
     -- locks, which takes ten times as long.
     IF procrastinate_stalled._snapshot_is_held() THEN
@@ -782,32 +806,32 @@ BEGIN
     END IF;
 
     SELECT coalesce(array_agg(id) FILTER (WHERE is_asked_for), '{}'),
-           coalesce(array_agg(id) FILTER (WHERE worker_id IS NULL), '{}'),
-           coalesce(array_agg(id) FILTER (WHERE is_asked_for AND (
-               worker_id IS NULL
-               OR worker_id IN (
-                   SELECT worker.id
-                       FROM procrastinate_workers AS worker
-                       WHERE worker.last_heartbeat <= now() - patience
-               )
-               OR (runs_are_limited AND (NOT by_rules OR EXISTS (
-                   SELECT
-                       FROM procrastinate_stalled.rules AS rule
-                       WHERE rule.enabled
-                           AND rule.run_timeout IS NOT NULL
-                           AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
-                           AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
-                           AND (rule.args IS NULL OR job.args @> rule.args)
-               )))
-           )), '{}')
+           coalesce(array_agg(id) FILTER (WHERE is_orphan), '{}'),
+           coalesce(array_agg(id) FILTER (WHERE is_asked_for AND is_suspect), '{}')
         INTO ids, orphan_ids, suspect_ids
         FROM (
-            SELECT *,
-                   (_doing_jobs.queue IS NULL OR queue_name = _doing_jobs.queue)
-                       AND (_doing_jobs.task_name IS NULL OR task_name = _doing_jobs.task_name) AS is_asked_for
-                FROM procrastinate_jobs
-                WHERE status = 'doing'
-                ORDER BY id
+            SELECT job.id,
+                   job.worker_id IS NULL AS is_orphan,
+                   (_doing_jobs.queue IS NULL OR job.queue_name = _doing_jobs.queue)
+                       AND (_doing_jobs.task_name IS NULL OR job.task_name = _doing_jobs.task_name) AS is_asked_for,
+                   job.worker_id IS NULL
+                       OR job.worker_id IN (
+                           SELECT worker.id
+                               FROM procrastinate_workers AS worker
+                               WHERE worker.last_heartbeat <= silent_since
+                       )
+                       OR (runs_are_limited AND (NOT by_rules OR EXISTS (
+                           SELECT
+                               FROM procrastinate_stalled.rules AS rule
+                               WHERE rule.enabled
+                                   AND rule.run_timeout IS NOT NULL
+                                   AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                                   AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
+                                   AND (rule.args IS NULL OR job.args @> rule.args)
+                       ))) AS is_suspect
+                FROM procrastinate_jobs AS job
+                WHERE job.status = 'doing'
+                ORDER BY job.id
         ) AS job;
 END;
 $$;
@@ -819,11 +843,10 @@ COMMENT ON FUNCTION procrastinate_stalled._doing_jobs(text, text, interval, inte
 CREATE OR REPLACE FUNCTION procrastinate_stalled._waiting_job(
     queueing_lock text
 )
-    RETURNS TABLE (id bigint, lock text)
+    RETURNS bigint
     LANGUAGE plpgsql
     STABLE
     STRICT
-    ROWS 1
     SET search_path FROM CURRENT
     -- Left to itself, a planner that believes that few jobs are in todo reads all of them through another partial index.
     -- Without a sort, only procrastinate_jobs_queueing_lock_idx_v1 gives this order.
@@ -832,17 +855,18 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._waiting_job(
 AS $$
 #variable_conflict use_column
 BEGIN
-    RETURN QUERY
-        SELECT job.id, job.lock
+    RETURN (
+        SELECT job.id
             FROM procrastinate_jobs AS job
             WHERE job.queueing_lock BETWEEN _waiting_job.queueing_lock AND _waiting_job.queueing_lock
                 AND job.status = 'todo'
-            ORDER BY job.queueing_lock;
+            ORDER BY job.queueing_lock
+    );
 END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._waiting_job(text) IS
-    'The job in todo that has the queueing lock, if there is one: there is never more than one.';
+    'The id of the job in todo that has the queueing lock, or NULL: there is never more than one.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._available_since()
@@ -1000,6 +1024,7 @@ BEGIN
             -- A worker that is new since tells nothing of the others; and when it starts, it prunes them.
             ) AS silence ON silence.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
             WHERE rule.enabled AND (rule.expires_at IS NULL OR rule.expires_at > now())
+            ORDER BY number -- in which they are read below
     ), running AS (
         SELECT job.id,
                job.queue_name::text AS queue_name,
@@ -1007,8 +1032,8 @@ BEGIN
                job.priority,
                job.lock,
                job.queueing_lock,
-               job.args,
-               job.status::text AS status,
+               -- Who names the jobs keeps the rows in memory, does not need the args, and each may have megabytes of them.
+               CASE WHEN _judge.job_ids IS NULL THEN job.args END AS args,
                job.scheduled_at,
                job.attempts,
                job.abort_requested,
@@ -1044,20 +1069,28 @@ BEGIN
             FROM procrastinate_jobs AS job
             LEFT JOIN procrastinate_workers AS worker ON worker.id = job.worker_id
             -- The first rule that is no pause, and the first pause if it comes before.
-            CROSS JOIN LATERAL (
-                SELECT min(rule.number) FILTER (WHERE NOT rule.is_pause) AS rule_number,
-                       min(rule.number) FILTER (WHERE rule.is_pause) AS pause_number
+            LEFT JOIN LATERAL (
+                SELECT *
                     FROM rule
-                    WHERE (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
+                    WHERE NOT rule.is_pause
+                        AND (rule.queue_name IS NULL OR job.queue_name = rule.queue_name)
                         AND (rule.task_name IS NULL OR job.task_name LIKE rule.task_name)
                         AND (rule.args IS NULL OR job.args @> rule.args)
-            ) AS first
-            LEFT JOIN rule ON rule.number = first.rule_number
-            LEFT JOIN rule AS pause
-                ON pause.number = first.pause_number AND coalesce(first.pause_number < first.rule_number, true)
-            -- As text, so that no partial index fits and the primary key is taken.
+                    LIMIT 1
+            ) AS rule ON true
+            LEFT JOIN LATERAL (
+                SELECT pause.name, pause.expires_at, pause.note
+                    FROM rule AS pause
+                    WHERE pause.is_pause
+                        AND pause.number < coalesce(rule.number, pause.number + 1)
+                        AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
+                        AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
+                        AND (pause.args IS NULL OR job.args @> pause.args)
+                    LIMIT 1
+            ) AS pause ON true
             WHERE job.id = ANY (ids)
-                AND job.status::text = 'doing'
+                -- In the form of a range, which fits no partial index, so that the primary key is taken.
+                AND job.status BETWEEN 'doing' AND 'doing'
                 AND (_judge.queue IS NULL OR job.queue_name = _judge.queue)
                 AND (_judge.task_name IS NULL OR job.task_name = _judge.task_name)
             -- A fence, as those below: what is above it is not computed again for each mention below.
@@ -1078,7 +1111,6 @@ BEGIN
                    END THEN survivors_forgiven_until
                END AS forgiven_until
             FROM running
-            OFFSET 0
     ), dated AS (
         SELECT heard.*,
                CASE
@@ -1138,47 +1170,54 @@ BEGIN
             FROM judged
             WHERE NOT by_rules OR verdict IN ('stalled', 'held') OR _judge.also_running
             OFFSET 0
-    ), numbered AS (
+    ), counted AS (
         SELECT chosen.*,
-               earlier.rescues,
-               waiting.id AS waiting_id,
-               waiting.lock = chosen.lock AS waits_for_this_one,
-               NOT chosen.abort_requested
+               CASE WHEN attempts > 0 -- each retry has added one
+                   THEN (
+                       SELECT count(*)
+                           FROM (
+                               SELECT rescue.rescued_at
+                                   FROM procrastinate_stalled.rescues AS rescue
+                                   WHERE rescue.job_id = chosen.id
+                                       AND rescue.action = 'retried'
+                                       AND rescue.reason <> 'manual'
+                                   -- A fence: by job_id, never all that were rescued since.
+                                   OFFSET 0
+                           ) AS rescue
+                           -- An older row is of another job, which had this id before Procrastinate's tables were made
+                           -- anew.
+                           WHERE rescue.rescued_at >= coalesce((
+                               SELECT min(event.at)
+                                   FROM procrastinate_events AS event
+                                   WHERE event.job_id = chosen.id AND event.type = 'deferred'
+                           ), '-infinity')
+                   )
+                   ELSE 0
+               END AS rescues,
+               CASE WHEN queueing_lock IS NOT NULL THEN procrastinate_stalled._waiting_job(queueing_lock) END AS waiting_id
+            FROM chosen
+            OFFSET 0
+    ), limited AS (
+        SELECT counted.*,
+               NOT abort_requested
                    AND verdict <> 'ignored'
                    AND rule_action = 'retry'
-                   AND (max_rescues IS NULL OR earlier.rescues < max_rescues) AS may_be_retried
-            FROM chosen
-            CROSS JOIN LATERAL (
-                -- An older row is of another job, which had this id before Procrastinate's tables were made anew.
-                SELECT count(*) AS rescues
-                    FROM procrastinate_stalled.rescues AS rescue
-                    WHERE chosen.attempts > 0 -- each retry has added one
-                        AND rescue.job_id = chosen.id
-                        AND rescue.action = 'retried'
-                        AND rescue.reason <> 'manual'
-                        AND rescue.rescued_at >= coalesce((
-                            SELECT min(event.at)
-                                FROM procrastinate_events AS event
-                                WHERE event.job_id = chosen.id AND event.type = 'deferred'
-                        ), '-infinity')
-            ) AS earlier
-            LEFT JOIN LATERAL (
-                SELECT *
-                    FROM procrastinate_stalled._waiting_job(chosen.queueing_lock)
-                    WHERE chosen.queueing_lock IS NOT NULL
-            ) AS waiting ON true
-    ), successor AS (
-        -- Of several stalled jobs with one queueing lock the first takes the place in todo.
-        SELECT DISTINCT ON (queueing_lock) queueing_lock, id
-            FROM numbered
-            WHERE may_be_retried AND queueing_lock IS NOT NULL AND verdict IN ('stalled', 'held')
-            ORDER BY queueing_lock, verdict DESC, id
+                   AND (max_rescues IS NULL OR rescues < max_rescues) AS may_be_retried
+            FROM counted
+    ), ranked AS (
+        SELECT limited.*,
+               -- Of several stalled jobs with one queueing lock the first takes the place in todo.
+               first_value(CASE WHEN may_be_retried AND verdict IN ('stalled', 'held') THEN id END) OVER (
+                   PARTITION BY queueing_lock
+                   ORDER BY may_be_retried AND verdict IN ('stalled', 'held') DESC, verdict = 'held', id
+               ) AS successor_id
+            FROM limited
     ), planned AS (
-        SELECT numbered.*,
-               CASE WHEN may_be_retried THEN coalesce(waiting_id, nullif(successor.id, numbered.id)) END AS duplicate_of
-            FROM numbered
-            LEFT JOIN successor ON successor.queueing_lock = numbered.queueing_lock
-            OFFSET 0
+        SELECT ranked.*,
+               CASE
+                   WHEN may_be_retried AND queueing_lock IS NOT NULL THEN coalesce(waiting_id, nullif(successor_id, id))
+               END AS duplicate_of
+            FROM ranked
     ), decided AS (
         SELECT planned.*,
                CASE
@@ -1186,8 +1225,10 @@ BEGIN
                    WHEN abort_requested THEN 'abort'
                    WHEN NOT may_be_retried THEN 'fail'
                    WHEN duplicate_of IS NULL THEN 'retry'
-                   WHEN on_duplicate = 'wait' AND waits_for_this_one IS NOT TRUE THEN 'wait'
-                   ELSE 'fail'
+                   WHEN on_duplicate = 'fail' THEN 'fail'
+                   -- It waits for the lock of this one.
+                   WHEN lock = (SELECT job.lock FROM procrastinate_jobs AS job WHERE job.id = planned.waiting_id) THEN 'fail'
+                   ELSE 'wait'
                END AS action
             FROM planned
             OFFSET 0
@@ -1198,9 +1239,8 @@ BEGIN
            priority,
            lock,
            queueing_lock,
-           -- Who names the jobs keeps the rows in memory, does not need the args, and each may have megabytes of them.
-           CASE WHEN _judge.job_ids IS NULL THEN args END,
-           status,
+           args,
+           'doing',
            scheduled_at,
            attempts,
            abort_requested,
@@ -1713,8 +1753,8 @@ BEGIN
         SELECT job.queue_name::text, json_build_object('type', 'job_inserted', 'job_id', min(job.id))::text
             FROM procrastinate_jobs AS job
             WHERE job.id = ANY (job_ids)
-                -- As text: a partial index of the jobs in todo fits otherwise, and may be read from end to end.
-                AND job.status::text = 'todo'
+                -- As a range: a partial index of the jobs in todo fits otherwise, and may be read from end to end.
+                AND job.status BETWEEN 'todo' AND 'todo'
                 AND (job.scheduled_at IS NULL OR job.scheduled_at <= now())
             GROUP BY job.queue_name
     LOOP
@@ -1753,7 +1793,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue(
 AS $$
 #variable_conflict use_column
 DECLARE
-    candidates procrastinate_stalled._judged_job[];
+    silent_since CONSTANT timestamp with time zone := procrastinate_stalled._silent_since(seconds_since_heartbeat, nb_seconds);
     silent_workers bigint[];
     rest bigint[] := job_ids;
     duplicates bigint[];
@@ -1765,26 +1805,17 @@ BEGIN
     failed := 0;
     aborted := 0;
     LOOP
-        candidates := ARRAY(
-            SELECT judged
-                FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest) AS judged
-                WHERE judged.verdict = 'stalled' AND judged.action IN ('retry', 'fail', 'abort')
-        );
-
-        -- A worker that beat since it was judged is dropped from the silent ones, and with it its jobs.
+        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue.
         silent_workers := ARRAY(
             SELECT worker.id
                 FROM procrastinate_workers AS worker
-                WHERE (worker.id, worker.last_heartbeat) IN (
-                    SELECT candidate.worker_id, candidate.last_heartbeat
-                        FROM unnest(candidates) AS candidate
-                        WHERE candidate.reason = 'heartbeat'
-                )
+                WHERE worker.last_heartbeat <= silent_since
+                    AND worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
                 ORDER BY worker.id
                 FOR NO KEY UPDATE OF worker SKIP LOCKED
         );
 
-        WITH candidate AS (
+        WITH candidate AS MATERIALIZED (
             SELECT id,
                    queue_name,
                    task_name,
@@ -1802,23 +1833,25 @@ BEGIN
                    retry_at,
                    retry_queue_name,
                    retry_priority
-                FROM unnest(candidates)
+                FROM procrastinate_stalled._judge(queue, task_name, seconds_since_heartbeat, nb_seconds, rest)
+                WHERE verdict = 'stalled'
+                    AND action IN ('retry', 'fail', 'abort')
+                    AND (reason <> 'heartbeat' OR worker_id IN (SELECT unnest(silent_workers)))
         ), waiting AS (
             -- A job is ended as a duplicate only while the other one stays in todo, which this lock sees to.
             SELECT job.id
                 FROM procrastinate_jobs AS job
                 WHERE (job.id, job.queueing_lock) IN (SELECT duplicate_of, queueing_lock FROM candidate)
-                    AND job.status::text = 'todo'
+                    AND job.status BETWEEN 'todo' AND 'todo'
                 FOR SHARE OF job SKIP LOCKED
         ), run AS (
             SELECT candidate.*
                 FROM procrastinate_jobs AS job
                 JOIN candidate ON candidate.id = job.id
-                WHERE job.status::text = 'doing'
+                WHERE job.status BETWEEN 'doing' AND 'doing'
                     AND job.worker_id IS NOT DISTINCT FROM candidate.worker_id
                     AND job.attempts = candidate.attempts
                     AND job.abort_requested = candidate.abort_requested
-                    AND (candidate.reason <> 'heartbeat' OR candidate.worker_id = ANY (silent_workers))
                     AND (candidate.duplicate_of IS NULL OR candidate.duplicate_of IN (SELECT id FROM waiting))
                 ORDER BY job.id
                 FOR NO KEY UPDATE OF job SKIP LOCKED
@@ -1869,15 +1902,15 @@ BEGIN
                        FROM changed
                        WHERE action = 'retry' AND retry_at IS NULL
                        GROUP BY coalesce(retry_queue_name, queue_name)
+               ) || ARRAY(
+                   -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped
+                   -- them while they were locked here, or they wait for the ended one's lock.
+                   SELECT DISTINCT duplicate_of FROM candidate WHERE duplicate_of IS NOT NULL
                ),
                ARRAY(SELECT id FROM candidate WHERE duplicate_of IS NOT NULL)
             INTO rescued, rescue_ids, retried, failed, aborted, to_wake, duplicates
             FROM ledger;
 
-        EXIT WHEN duplicates = '{}';
-        -- The jobs that wait with the queueing lock of an ended one are woken too: a fetch may have skipped them
-        -- while they were locked here, or they wait for the ended one's lock.
-        to_wake := to_wake || ARRAY(SELECT DISTINCT duplicate_of FROM unnest(candidates) WHERE duplicate_of IS NOT NULL);
         -- Once more for the duplicates of a job that was stalled itself: it is in todo now, or another session has it
         -- locked and the next one with the queueing lock may take its place.
         duplicates := ARRAY(SELECT unnest(duplicates) EXCEPT SELECT unnest(rescued));
@@ -1918,8 +1951,8 @@ BEGIN
                 FROM procrastinate_jobs AS job
                 WHERE job.id = orphan.job_id
                     AND job.attempts = orphan.attempts
-                    -- As text, so that no partial index fits and the primary key is taken.
-                    AND job.status::text = 'doing'
+                    -- As in _judge(): the primary key is taken.
+                    AND job.status BETWEEN 'doing' AND 'doing'
                     AND job.worker_id IS NULL
         );
 
@@ -1927,7 +1960,7 @@ BEGIN
         SELECT job.id, job.attempts
             FROM procrastinate_jobs AS job
             WHERE job.id = ANY (orphan_ids)
-                AND job.status::text = 'doing'
+                AND job.status BETWEEN 'doing' AND 'doing'
                 AND job.worker_id IS NULL
                 -- A job of a worker of Procrastinate 3.0 is none. See has_nameless_workers in _judge().
                 AND to_regproc('procrastinate_fetch_job_v1') IS NULL
