@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
@@ -58,6 +59,19 @@ REFILL = """
 INSERT INTO procrastinate_jobs (queue_name, task_name)
     SELECT 'busy', 'benchmark'
         FROM generate_series(1, %s - (SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'));
+"""
+
+# What a rescue costs the workers if it takes nothing but a processor from them.
+COMPUTE = """
+DO $$
+DECLARE
+    enough CONSTANT timestamp with time zone := clock_timestamp() + make_interval(secs => {seconds});
+BEGIN
+    WHILE clock_timestamp() < enough LOOP
+        NULL;
+    END LOOP;
+END;
+$$
 """
 
 SWEEPS = "SELECT count(*) FROM procrastinate_stalled.sweeps"
@@ -113,6 +127,7 @@ def interference(bench: Bench) -> Result:
     margin = bench.size(5)  # seconds before a rescue, and after it
     waiting = WAITING * 4 * margin
     stalled = bench.size(100_000)
+    computing: list[Window] = []
     without: list[list[Window]] = []
     sweeping: list[list[Window]] = []
     ours: list[Rescue] = []
@@ -131,6 +146,8 @@ def interference(bench: Bench) -> Result:
                 _fill(conninfo, waiting, stalled)
                 [window] = _under_load(conninfo, [method], margin)
                 rescues.append(Rescue(window.begin, window.end, window.jobs, _count(conninfo, RETRIED)))
+            _fill(conninfo, waiting, stalled=0)
+            computing += _under_load(conninfo, [partial(_compute, conninfo, ours[-1].seconds)], margin)
     if any(rescue.retried != stalled for rescue in ours) or any(rescue.retried == 0 for rescue in task):
         raise RuntimeError("stalled jobs were not retried")
 
@@ -153,6 +170,10 @@ def interference(bench: Bench) -> Result:
                 "p99 during the rescue by a sweep / by the documented task",
                 [_p99(our.during) / _p99(other.during) for our, other in zip(ours, task, strict=True)],
                 bar=1,
+            ),
+            Ratio(
+                "p99 beside a session that only computes, for as long as the sweep / before it",
+                [_p99(window.during) / _p99(window.before) for window in computing],
             ),
             Ratio(
                 "p99 during the documented task / before it",
@@ -250,6 +271,12 @@ def _run_task(conninfo: str, seconds: float) -> None:
     """Let the documented task run, for so long at most."""
     with contextlib.suppress(TimeoutError):
         asyncio.run(asyncio.wait_for(documented_task(conninfo), seconds))
+
+
+def _compute(conninfo: str, seconds: float) -> None:
+    """Keep a processor busy for so long, with a session that locks, reads and writes nothing."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL(COMPUTE).format(seconds=seconds))
 
 
 def _under_load(conninfo: str, deeds: list[Callable[[], None]], margin: float = 0) -> list[Window]:

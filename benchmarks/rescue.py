@@ -23,8 +23,11 @@ INSERT INTO procrastinate_workers (last_heartbeat)
     SELECT now() - interval '1 hour'
         FROM generate_series(1, 100);
 INSERT INTO procrastinate_workers DEFAULT VALUES; -- without a living one nothing is put back
-INSERT INTO procrastinate_jobs (queue_name, task_name, args)
-    SELECT 'default', 'benchmark', jsonb_build_object('number', number)
+INSERT INTO procrastinate_jobs (queue_name, task_name, args, queueing_lock)
+    SELECT 'default',
+           'benchmark',
+           jsonb_build_object('number', number),
+           CASE WHEN {have_queueing_locks} THEN 'key ' || number END
         FROM generate_series(1, {jobs}) AS number;
 UPDATE procrastinate_jobs
     SET status = 'doing', worker_id = (SELECT min(id) FROM procrastinate_workers) + id % 100;
@@ -66,10 +69,10 @@ def bare_update(conninfo: str) -> None:
         connection.execute("UPDATE procrastinate_jobs SET status = 'todo' WHERE status = 'doing'")
 
 
-def stall(conninfo: str, jobs: int) -> None:
-    """Leave so many jobs in doing, of 100 dead workers."""
+def stall(conninfo: str, jobs: int, *, have_queueing_locks: bool = False) -> None:
+    """Leave so many jobs in doing, of 100 dead workers, each with a queueing lock of its own if asked for."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        connection.execute(sql.SQL(STALL).format(jobs=jobs))
+        connection.execute(sql.SQL(STALL).format(jobs=jobs, have_queueing_locks=have_queueing_locks))
     settle(conninfo)
 
 
@@ -80,9 +83,11 @@ def all_are_back(conninfo: str, jobs: int) -> bool:
     return row == (jobs,)
 
 
-def measure(conninfo: str, jobs: int, method: Callable[[str], object]) -> Measurement:
+def measure(
+    conninfo: str, jobs: int, method: Callable[[str], object], *, have_queueing_locks: bool = False
+) -> Measurement:
     """Let a method retry so many stalled jobs."""
-    stall(conninfo, jobs)
+    stall(conninfo, jobs, have_queueing_locks=have_queueing_locks)
     longest_lock = 0.0
     is_over = threading.Event()
 
@@ -123,12 +128,14 @@ def retry(bench: Bench, jobs: int) -> Result:
         "a sweep": sweep,
         "the bare UPDATE": bare_update,
     }
-    measured: dict[str, list[Measurement]] = {name: [] for name in methods}
+    locked = "a sweep, each job with a queueing lock"
+    measured: dict[str, list[Measurement]] = {name: [] for name in [*methods, locked]}
     with bench.database() as conninfo:
         for _ in range(bench.rounds):
             for name, method in methods.items():
                 measured[name].append(measure(conninfo, jobs, method))
-    task, ours, bare = measured.values()
+            measured[locked].append(measure(conninfo, jobs, sweep, have_queueing_locks=True))
+    task, ours, bare, ours_locked = measured.values()
     return Result(
         ratios=[
             Ratio(
@@ -151,6 +158,10 @@ def retry(bench: Bench, jobs: int) -> Result:
                 "longest row lock of a sweep / 1 s",
                 [our.longest_lock for our in ours],
                 bar=1,
+            ),
+            Ratio(
+                "time of a sweep over jobs with queueing locks / over jobs without",
+                [one.seconds / other.seconds for one, other in zip(ours_locked, ours, strict=True)],
             ),
         ],
         figures=[
