@@ -1,7 +1,7 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick cases clean
+.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench: prepare ## Measure the cases of benchmarks/; a part with CASES="pickup re
 
 bench-quick: prepare ## The same at a tenth of the size
 	@$(BIN)/python -m benchmarks --quick $(CASES)
+
+bench-page: prepare ## Put the figures and plots of the last full run into docs/speed.md
+	@$(BIN)/python -m benchmarks.page
 
 cases: prepare ## Count the jobs of living workers that run twice, by case and product
 	@$(BIN)/python -m tests.living_workers

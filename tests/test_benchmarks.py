@@ -9,7 +9,8 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
-from benchmarks import idle, report, rescue
+from benchmarks import idle, page, report, rescue
+from benchmarks.__main__ import CASES
 from benchmarks.bench import Bench, Curve, Figure, Plot, Ratio, Result
 from tests.server import Server
 
@@ -73,3 +74,12 @@ def test_a_run_leaves_its_figures_and_plots(server: Server, tmp_path: Path, monk
     assert (case["ratio"], case["unit"], case["reached"]) == (1.1, "time of a / time of b", True)
     assert case["figures"] == [{"name": "a: time", "unit": "ms", "rounds": [1234.5, 5.678, 0.012345]}]
     assert ET.parse(tmp_path / "grows.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_figures_of_the_page_are_those_of_a_full_run() -> None:
+    run = json.loads((page.FOLDER / "latest.json").read_text())
+
+    assert run["scale"] == 1
+    assert list(run["cases"]) == list(CASES)
+    assert page.with_figures(page.PAGE.read_text(), run) == page.PAGE.read_text()
+    assert {file.stem for file in page.FOLDER.glob("*.svg")} == set(run["plots"])

@@ -92,6 +92,7 @@ CALLS: dict[str, LiteralString] = {
             )
     """,
     "_seconds": "SELECT procrastinate_stalled._seconds('nb_seconds', 5)",
+    "_silent_since": "SELECT procrastinate_stalled._silent_since(NULL, NULL)",
     "_sentence": """
         SELECT procrastinate_stalled._sentence(judged)
             FROM procrastinate_stalled._judge(also_running => true) AS judged

@@ -64,6 +64,7 @@ READ_FUNCTIONS = {
     "_require_pg_cron",
     "_require_procrastinate",
     "_seconds",
+    "_silent_since",
     "_sentence",
     "_snapshot_is_held",
     "_waiting_job",
