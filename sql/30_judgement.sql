@@ -297,10 +297,13 @@ BEGIN
 
     RETURN QUERY
     WITH rule AS MATERIALIZED (
-        SELECT rule.name,
-               rule.queue_name,
+        -- First what each job is compared with: the columns before it in a row are read too.
+        SELECT rule.queue_name,
                rule.task_name,
                rule.args,
+               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
+               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
+               rule.name,
                rule.action,
                CASE WHEN rule.action <> 'ignore' THEN rule.heartbeat_timeout END AS heartbeat_timeout,
                CASE WHEN rule.action <> 'ignore' THEN rule.run_timeout END AS run_timeout,
@@ -312,8 +315,6 @@ BEGIN
                rule.on_duplicate,
                rule.expires_at,
                rule.note,
-               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
-               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
                available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
                demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
                silence.started_at AS nobody_until,
@@ -334,6 +335,8 @@ BEGIN
             ) AS silence ON silence.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
             WHERE rule.enabled AND (rule.expires_at IS NULL OR rule.expires_at > now())
             ORDER BY number -- in which they are read below
+    ), pause AS MATERIALIZED (
+        SELECT * FROM rule WHERE is_pause ORDER BY number
     ), running AS (
         SELECT job.id,
                job.queue_name::text AS queue_name,
@@ -389,9 +392,8 @@ BEGIN
             ) AS rule ON true
             LEFT JOIN LATERAL (
                 SELECT pause.name, pause.expires_at, pause.note
-                    FROM rule AS pause
-                    WHERE pause.is_pause
-                        AND pause.number < coalesce(rule.number, pause.number + 1)
+                    FROM pause
+                    WHERE (rule.number IS NULL OR pause.number < rule.number)
                         AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
                         AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
                         AND (pause.args IS NULL OR job.args @> pause.args)

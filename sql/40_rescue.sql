@@ -73,12 +73,16 @@ BEGIN
     failed := 0;
     aborted := 0;
     LOOP
-        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue.
+        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue. Without a
+        -- queue or task all silent workers are concerned, sooner or later; to tell whose jobs these are takes longer.
         silent_workers := ARRAY(
             SELECT worker.id
                 FROM procrastinate_workers AS worker
                 WHERE worker.last_heartbeat <= silent_since
-                    AND worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
+                    AND (
+                        (queue IS NULL AND task_name IS NULL)
+                        OR worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
+                    )
                 ORDER BY worker.id
                 FOR NO KEY UPDATE OF worker SKIP LOCKED
         );

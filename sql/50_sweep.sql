@@ -182,9 +182,9 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
     task_name text,
     seconds_since_heartbeat interval,
     nb_seconds interval,
-    suspect_ids bigint[]
+    suspect_ids bigint[],
+    OUT has_rescued boolean
 )
-    RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
@@ -234,12 +234,14 @@ BEGIN
                     WHERE retried + failed + aborted < cardinality(suspect_ids)
             ),
             duration = clock_timestamp() - started_at
-        WHERE id = sweep_id;
+        WHERE id = sweep_id
+        RETURNING retried + failed + aborted > 0
+        INTO has_rescued;
 END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval, bigint[]) IS
-    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
+    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep. Tells whether that has rescued any job.';
 
 
 CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
@@ -261,7 +263,9 @@ BEGIN
         RETURN;
     END IF;
 
-    -- An idle sweep does not wait for the disk: what a crash may take from it is seen again by the next one.
+    -- No commit waits for the disk but the last one, and that only if something was rescued. What a crash may take away
+    -- is seen again by the next sweep: a job and its row in rescues go together, and a worker that has fetched the job
+    -- since has waited for the disk itself, and with that for all that was committed before.
     PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
     SELECT begun.sweep_id, begun.suspect_ids
         INTO sweep_id, suspect_ids
@@ -271,17 +275,20 @@ BEGIN
     FOR batch IN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
+        PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
         one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
+                PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
                 PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
                 COMMIT;
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids);
+    IF NOT procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids) THEN
+        PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    END IF;
     COMMIT;
 END;
 $$;

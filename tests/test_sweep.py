@@ -1,5 +1,7 @@
 """`CALL procrastinate_stalled.sweep()`: its batches, its row in `sweeps`, what it survives and what it refuses."""
 
+import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import LiteralString
@@ -502,3 +504,41 @@ def test_a_standby_is_not_swept_until_it_is_promoted(
         assert get_events(copy, job_id) == ["deferred", "started", "deferred_for_retry"]
         assert len(notices) == 1
     assert get_events(connection, job_id) == ["deferred", "started"]
+
+
+@pytest.fixture
+def durable(connect: Connect) -> Iterator[Connection]:
+    """A connection that waits for the disk at each commit, on a server where nobody else writes the WAL meanwhile."""
+    connection = connect(options="-c synchronous_commit=on")
+    [[walwriter]] = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
+    os.kill(walwriter, signal.SIGSTOP)
+    try:
+        yield connection
+    finally:
+        os.kill(walwriter, signal.SIGCONT)
+
+
+def on_disk(connection: Connection) -> object:
+    """How much of the WAL is on the disk."""
+    return rows(connection, "SELECT pg_current_wal_flush_lsn()")
+
+
+def test_what_a_sweep_has_rescued_is_on_disk_when_it_ends(durable: Connection) -> None:
+    for _ in range(3):
+        add_stalled_job(durable)
+    before = on_disk(durable)
+
+    durable.execute("CALL procrastinate_stalled.sweep(batch_size => 1)")
+
+    assert on_disk(durable) != before
+    assert [sweep["retried"] for sweep in get_sweeps(durable)] == [3]
+
+
+def test_an_idle_sweep_does_not_wait_for_the_disk(durable: Connection) -> None:
+    add_job(durable, "doing", worker_id=add_worker(durable))
+    before = on_disk(durable)
+
+    durable.execute(SWEEP)
+
+    assert on_disk(durable) == before
+    assert [sweep["doing"] for sweep in get_sweeps(durable)] == [1]

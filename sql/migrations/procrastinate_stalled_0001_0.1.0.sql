@@ -988,10 +988,13 @@ BEGIN
 
     RETURN QUERY
     WITH rule AS MATERIALIZED (
-        SELECT rule.name,
-               rule.queue_name,
+        -- First what each job is compared with: the columns before it in a row are read too.
+        SELECT rule.queue_name,
                rule.task_name,
                rule.args,
+               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
+               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
+               rule.name,
                rule.action,
                CASE WHEN rule.action <> 'ignore' THEN rule.heartbeat_timeout END AS heartbeat_timeout,
                CASE WHEN rule.action <> 'ignore' THEN rule.run_timeout END AS run_timeout,
@@ -1003,8 +1006,6 @@ BEGIN
                rule.on_duplicate,
                rule.expires_at,
                rule.note,
-               row_number() OVER (ORDER BY rule.position, rule.name) AS number,
-               rule.action = 'ignore' AND rule.expires_at IS NOT NULL AS is_pause,
                available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
                demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
                silence.started_at AS nobody_until,
@@ -1025,6 +1026,8 @@ BEGIN
             ) AS silence ON silence.newest_worker_id >= (SELECT max(id) FROM procrastinate_workers)
             WHERE rule.enabled AND (rule.expires_at IS NULL OR rule.expires_at > now())
             ORDER BY number -- in which they are read below
+    ), pause AS MATERIALIZED (
+        SELECT * FROM rule WHERE is_pause ORDER BY number
     ), running AS (
         SELECT job.id,
                job.queue_name::text AS queue_name,
@@ -1080,9 +1083,8 @@ BEGIN
             ) AS rule ON true
             LEFT JOIN LATERAL (
                 SELECT pause.name, pause.expires_at, pause.note
-                    FROM rule AS pause
-                    WHERE pause.is_pause
-                        AND pause.number < coalesce(rule.number, pause.number + 1)
+                    FROM pause
+                    WHERE (rule.number IS NULL OR pause.number < rule.number)
                         AND (pause.queue_name IS NULL OR job.queue_name = pause.queue_name)
                         AND (pause.task_name IS NULL OR job.task_name LIKE pause.task_name)
                         AND (pause.args IS NULL OR job.args @> pause.args)
@@ -1805,12 +1807,16 @@ BEGIN
     failed := 0;
     aborted := 0;
     LOOP
-        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue.
+        -- Before the jobs are judged, so that none of these workers beats between the judgement and the rescue. Without a
+        -- queue or task all silent workers are concerned, sooner or later; to tell whose jobs these are takes longer.
         silent_workers := ARRAY(
             SELECT worker.id
                 FROM procrastinate_workers AS worker
                 WHERE worker.last_heartbeat <= silent_since
-                    AND worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
+                    AND (
+                        (queue IS NULL AND task_name IS NULL)
+                        OR worker.id IN (SELECT job.worker_id FROM procrastinate_jobs AS job WHERE job.id = ANY (rest))
+                    )
                 ORDER BY worker.id
                 FOR NO KEY UPDATE OF worker SKIP LOCKED
         );
@@ -2286,9 +2292,9 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
     task_name text,
     seconds_since_heartbeat interval,
     nb_seconds interval,
-    suspect_ids bigint[]
+    suspect_ids bigint[],
+    OUT has_rescued boolean
 )
-    RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
@@ -2338,12 +2344,14 @@ BEGIN
                     WHERE retried + failed + aborted < cardinality(suspect_ids)
             ),
             duration = clock_timestamp() - started_at
-        WHERE id = sweep_id;
+        WHERE id = sweep_id
+        RETURNING retried + failed + aborted > 0
+        INTO has_rescued;
 END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._end_sweep(bigint, text, text, interval, interval, bigint[]) IS
-    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep.';
+    'Purges up to 1000 outdated rows each of rescues and sweeps, if the role may delete them, and closes the row of the sweep. Tells whether that has rescued any job.';
 
 
 CREATE OR REPLACE PROCEDURE procrastinate_stalled.sweep(
@@ -2365,7 +2373,9 @@ BEGIN
         RETURN;
     END IF;
 
-    -- An idle sweep does not wait for the disk: what a crash may take from it is seen again by the next one.
+    -- No commit waits for the disk but the last one, and that only if something was rescued. What a crash may take away
+    -- is seen again by the next sweep: a job and its row in rescues go together, and a worker that has fetched the job
+    -- since has waited for the disk itself, and with that for all that was committed before.
     PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
     SELECT begun.sweep_id, begun.suspect_ids
         INTO sweep_id, suspect_ids
@@ -2375,17 +2385,20 @@ BEGIN
     FOR batch IN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
+        PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
         one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
         COMMIT;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
+                PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
                 PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
                 COMMIT;
             END LOOP;
         END IF;
     END LOOP;
-    PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-    PERFORM procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids);
+    IF NOT procrastinate_stalled._end_sweep(sweep_id, NULL, NULL, NULL, NULL, suspect_ids) THEN
+        PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
+    END IF;
     COMMIT;
 END;
 $$;
