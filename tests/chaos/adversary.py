@@ -54,7 +54,7 @@ def terminate_twice(world: World, random: Random) -> None:
 def freeze(world: World, random: Random) -> None:
     """Stop a worker: for a moment, for long enough to be pruned, or for so long that its jobs are taken."""
     life = random.choice([life for life in world.living() if not life.is_frozen])
-    seconds = random.choice([0.5, 1, 4, HEARTBEAT_TIMEOUT + 4])
+    seconds = random.choice([0.5, 1, 5, 20, 20])
     began = time.time()
     if life.send(signal.SIGSTOP):
         life.is_frozen = True
@@ -135,7 +135,7 @@ def cut_connections(world: World, random: Random) -> None:
             """
             SELECT pid
             FROM pg_stat_activity
-            WHERE backend_type = 'client backend' AND application_name ~ '^(worker|sweep|application|pg_cron)'
+            WHERE backend_type = 'client backend' AND application_name ~ '^(worker|sweep|application)'
             ORDER BY pid
             """
         ).fetchall()
@@ -242,7 +242,7 @@ FAULTS: dict[str, Callable[[World, Random], None]] = {
 GROUPS: list[tuple[float, tuple[str, ...]]] = [
     (3.5, ("kill",) * 5 + ("terminate", "terminate twice")),
     (50, ("crash", "restart fast", "restart immediate")),
-    (15, ("freeze",)),
+    (10, ("freeze",)),
     (10, ("cut connections",)),
     (5, ("cancel sweeps",)),
     (10, ("lock tables", "lock rows")),
@@ -260,7 +260,7 @@ def schedule(seed: int, seconds: float) -> list[Fault]:
     faults = [Fault(seconds / 2, "promote", 0)]
     for every, kinds in GROUPS:
         at = FIRST_FAULT + every * random.uniform(0, 0.5)
-        while at < seconds:
+        while at < (seconds / 2 if "sweep on standby" in kinds else seconds):
             faults.append(Fault(at, random.choice(kinds), random.randrange(1 << 30)))
             at += every * random.uniform(0.5, 1.5)
     return sorted(faults, key=lambda fault: fault.at)

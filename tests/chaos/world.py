@@ -28,8 +28,10 @@ from tests.server import FAST, PROJECT, Server
 from tests.wait import wait_until
 
 DATABASE = "chaos"
-# What a crash of a server must not lose; and what lets a standby follow one that crashes, and pg_cron run on both.
+# What a crash of a server must not lose, and what lets a standby follow one that crashes. The rows of pg_cron name host
+# and port of the server on which they were made, and this standby has others; background workers need neither.
 SETTINGS = FAST | {
+    "cron.use_background_workers": "on",
     "synchronous_commit": "on",
     "autovacuum": "on",
     "autovacuum_naptime": "5s",
