@@ -1,0 +1,97 @@
+"""The schedule of a chaos run is that of its seed, and its oracle sees what it looks for."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from tests.chaos.adversary import FAULTS, schedule
+from tests.chaos.oracle import Event, Evidence, Life, Rescue, Run, judge
+
+LIVING = Life(1, ended_at=1000)
+KILLED = Life(2, ended_at=102)
+FROZEN = Life(3, ended_at=1000, frozen=[(101, 115)])
+OTHER = Life(4, ended_at=1000)
+
+# Job 7 is lost with its worker, rescued, and run again.
+LOST = Run(KILLED, job=7, attempts=0, lock="a", started=100)
+RETRY = Run(OTHER, 7, 1, "a", started=111, ended=112, telling=112, told=112.1, outcome="succeeded")
+RESCUE = Rescue(job=7, at=110, action="retried", reason="heartbeat", attempts=0)
+EVENT = Event(7, "deferred_for_retry", 110)
+GOOD = Evidence(
+    heartbeat_timeout=8,
+    deferred=[7],
+    runs=[LOST, RETRY],
+    statuses={7: "succeeded"},
+    rescues=[RESCUE],
+    events=[EVENT],
+    swept=Counter(retried=1),
+)
+
+
+def test_the_same_seed_makes_the_same_schedule_and_another_one_another() -> None:
+    assert schedule(7, 600) == schedule(7, 600)
+    assert schedule(7, 600) != schedule(8, 600)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_half_an_hour_has_three_hundred_kills_twenty_outages_and_each_kind_of_fault(seed: int) -> None:
+    kinds = Counter(fault.kind for fault in schedule(seed, 1800))
+
+    assert kinds["kill"] >= 300
+    assert kinds["crash"] + kinds["restart fast"] + kinds["restart immediate"] >= 20
+    assert kinds["promote"] == 1
+    assert set(kinds) == set(FAULTS)
+
+
+def test_a_minute_has_an_outage_too() -> None:
+    assert {"crash", "restart fast", "restart immediate"} & {fault.kind for fault in schedule(1, 60)}
+
+
+def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
+    verdict = judge(GOOD)
+
+    assert (verdict.violations, verdict.excused, verdict.ends) == ([], {}, {"succeeded": 1})
+
+
+@pytest.mark.parametrize(
+    ("evidence", "violation"),
+    [
+        (replace(GOOD, deferred=[7, 8]), "job 8 is lost"),
+        (replace(GOOD, statuses={}, events=[]), "job 7 is lost"),
+        (replace(GOOD, statuses={7: "doing"}), "job 7 is in doing"),
+        (replace(GOOD, runs=[replace(LOST, ended=101, told=101.5, outcome="failed"), RETRY]), "finished twice"),
+        (replace(GOOD, runs=[LOST, RETRY, replace(RETRY, started=113, ended=114, told=None)]), "run 2 times"),
+        (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=110.5), RETRY]), "robbed a living worker"),
+        (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=109, told=110.5), RETRY]), "robbed a living worker"),
+        (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=112), RETRY]), "runs overlapped (lock None)"),
+        (
+            replace(
+                GOOD,
+                deferred=[6, 7],
+                statuses={6: "succeeded", 7: "succeeded"},
+                runs=[replace(RETRY, job=6, attempts=0, life=LIVING), LOST, RETRY],
+            ),
+            "runs overlapped (lock a)",
+        ),
+        (replace(GOOD, events=[]), "has no event of its own"),
+        (replace(GOOD, events=[EVENT, Event(7, "deferred_for_retry", 111)]), "2 events deferred_for_retry"),
+        (replace(GOOD, events=[EVENT, Event(7, "failed", 111)]), "1 events failed"),
+        (replace(GOOD, rescues=[]), "the sweeps count"),
+    ],
+)
+def test_the_oracle_sees(evidence: Evidence, violation: str) -> None:
+    assert any(violation in text for text in judge(evidence).violations)
+
+
+def test_what_a_frozen_worker_suffers_is_excused_and_counted() -> None:
+    verdict = judge(replace(GOOD, runs=[replace(LOST, life=FROZEN, ended=115.5), RETRY]))
+
+    assert verdict.violations == []
+    assert verdict.excused.total() == 2  # robbed, and run twice at once
+
+
+def test_who_was_frozen_for_a_moment_is_not_excused() -> None:
+    life = replace(FROZEN, frozen=[(101, 104)])
+
+    assert len(judge(replace(GOOD, runs=[replace(LOST, life=life, ended=115.5), RETRY])).violations) == 2
