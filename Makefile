@@ -1,7 +1,7 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick cases clean
+.PHONY: help prepare demo test test-matrix test-model lint migration release bench bench-quick cases clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
 
 test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"
 	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)
+
+EXAMPLES ?= 500
+test-model: prepare ## Compare the SQL with the model of tests/model.py in more and other databases: EXAMPLES=500
+	@MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/test_model.py -s $(ARGS)
 
 lint: prepare ## Check Python, SQL and shell
 	@$(BIN)/python -m scripts.lint
