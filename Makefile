@@ -18,6 +18,7 @@ test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
 test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"
 	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)
 
+EXAMPLES ?= 500
 lint: prepare ## Check Python, SQL and shell
 	@$(BIN)/python -m scripts.lint
 

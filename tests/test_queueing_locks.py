@@ -22,21 +22,12 @@ from tests.jobs import (
     rows,
     update_job,
 )
-from tests.procrastinate_release import RELEASE
+from tests.procrastinate_release import DEFER
 from tests.server import Server
 from tests.sessions import SWEEP, Point, add_points, no_deadlock, paused, running
 from tests.wait import wait_until
 
 RESCUE: LiteralString = "SELECT * FROM procrastinate_stalled.retry_stalled_jobs()"
-DEFER: LiteralString = (
-    """
-    SELECT unnest(procrastinate_defer_jobs_v1(
-        ARRAY[ROW('default', 'task', 0, NULL, 'key', '{}', NULL)]::procrastinate_job_to_defer_v1[]
-    )) AS id
-    """
-    if RELEASE >= (3, 2)
-    else "SELECT procrastinate_defer_job_v1('default', 'task', 0, NULL, 'key', '{}', NULL) AS id"
-)
 
 # Each way to sweep, with batches of all sizes.
 each_sweep = pytest.mark.parametrize(
