@@ -1,7 +1,7 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases clean
+.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-page: prepare ## Put the figures and plots of the last full run into docs/
 
 cases: prepare ## Count the jobs of living workers that run twice, by case and product
 	@$(BIN)/python -m tests.living_workers
+
+mutants: prepare ## Break the guards of the rescue one by one, and see a test fail for each; a part with GUARDS="Hold"
+	@$(BIN)/python -m scripts.mutants $(GUARDS)
 
 # PGXS comes with PostgreSQL and brings many targets of its own, so it is read for these three only.
 ifneq ($(filter install uninstall installcheck,$(MAKECMDGOALS)),)

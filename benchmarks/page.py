@@ -37,10 +37,9 @@ def main() -> None:
 def with_figures(page: str, run: dict[str, Any]) -> str:
     """Return the page with the chapters of this run."""
     for heading, content in [("The ratios", ratios(run)), ("All that was measured", figures(run))]:
-        page, found = re.subn(
-            rf"(?ms)^## {heading}\n.*?(?=^## |\Z)", lambda _, text=f"## {heading}\n\n{content}\n\n": text, page
-        )
-        assert found == 1, heading
+        before, chapter, rest = re.split(rf"(?m)^(## {heading}\n)", page)
+        after = re.search(r"(?m)^## ", rest)
+        page = f"{before}{chapter}\n{content}\n\n{rest[after.start() :] if after else ''}"
     return page.rstrip("\n") + "\n"
 
 
