@@ -1,7 +1,7 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases chaos clean
+.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases chaos mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,8 @@ cases: prepare ## Count the jobs of living workers that run twice, by case and p
 
 chaos: prepare ## Half an hour of faults, and what must hold; shorter with ARGS="--minutes 5 --seed 2"
 	@$(BIN)/python -m tests.chaos $(ARGS)
+mutants: prepare ## Break the guards of the rescue one by one, and see a test fail for each; a part with GUARDS="Hold"
+	@$(BIN)/python -m scripts.mutants $(GUARDS)
 
 # PGXS comes with PostgreSQL and brings many targets of its own, so it is read for these three only.
 ifneq ($(filter install uninstall installcheck,$(MAKECMDGOALS)),)
