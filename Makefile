@@ -29,10 +29,10 @@ release: ## Freeze the migration of this version
 	@scripts/assemble-migration --release
 
 bench: prepare ## Measure the cases of benchmarks/; a part with CASES="pickup retry_10k"
-	@$(BIN)/python -m benchmarks $(CASES)
+	@$(BIN)/python -m benchmarks $(ARGS) $(CASES)
 
 bench-quick: prepare ## The same at a tenth of the size
-	@$(BIN)/python -m benchmarks --quick $(CASES)
+	@$(BIN)/python -m benchmarks --quick $(ARGS) $(CASES)
 
 bench-page: prepare ## Put the figures and plots of the last full run into docs/speed.md
 	@$(BIN)/python -m benchmarks.page
