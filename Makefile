@@ -42,6 +42,7 @@ cases: prepare ## Count the jobs of living workers that run twice, by case and p
 
 chaos: prepare ## Half an hour of faults, and what must hold; shorter with ARGS="--minutes 5 --seed 2"
 	@$(BIN)/python -m tests.chaos $(ARGS)
+
 mutants: prepare ## Break the guards of the rescue one by one, and see a test fail for each; a part with GUARDS="Hold"
 	@$(BIN)/python -m scripts.mutants $(GUARDS)
 

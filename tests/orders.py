@@ -61,6 +61,8 @@ class Performer:
         """Begin anew. It will be given these steps."""
         self.error: str | None = None
         """The SQLSTATE of the error that ended it."""
+        self.has_waited = False
+        """Whether it had to wait for another session."""
         self._parameters = parameters
         self._steps = deque[Step]()
         self._future: Future[None] | None = None
@@ -80,6 +82,7 @@ class Performer:
                 return False
             self._start(self._steps.popleft())
         self._is_under_way = self._waits_for_another_session()
+        self.has_waited |= self._is_under_way
         return not self._is_under_way
 
     def is_done(self) -> bool:

@@ -2,6 +2,8 @@
 
 `tests/test_races.py` chooses meetings and knows what comes out of each. Here nothing is chosen: the steps are all
 statements, commits and points of a sweep, and what must come out is what comes out when the sessions follow each other.
+Nor must a sweep have waited, but for who defers a job with the queueing lock of a stalled one.
+
 There are two exceptions, both because nobody shall wait for a sweep, nor a sweep for anybody:
 
 * A sweep passes over a job that another session keeps locked, as if it had not come. The next sweep makes up for it.
@@ -29,6 +31,7 @@ RESCUE: LiteralString = "SELECT procrastinate_stalled.retry_stalled_jobs()"
 FETCH: LiteralString = "SELECT procrastinate_fetch_job_v2('{contested}', %(living)s)"
 FINISH: LiteralString = "SELECT procrastinate_finish_job_v1(%(job)s, 'succeeded', false)"
 PRUNE: LiteralString = "SELECT procrastinate_prune_stalled_workers_v1(30)"
+UNREGISTER: LiteralString = "SELECT procrastinate_unregister_worker_v1(%(worker)s)"
 RETRY: LiteralString = f"SELECT {RETRY_JOB}(%(job)s, NULL, 7, NULL, NULL)"
 
 # What is not waited for: whoever finds a row locked goes on without it.
@@ -43,6 +46,7 @@ retry_job = Session("retry_job", ("SELECT procrastinate_stalled.retry_job(%(job)
 
 fetch = Session("fetch", (FETCH, "COMMIT"))
 finish = Session("finish", (FINISH, "COMMIT"))
+fail = Session("fail", ("SELECT procrastinate_finish_job_v1(%(job)s, 'failed', false)", "COMMIT"), event="failed")
 finish_and_delete = Session(
     "finish and delete", ("SELECT procrastinate_finish_job_v1(%(job)s, 'succeeded', true)", "COMMIT"), deletes=True
 )
@@ -51,7 +55,7 @@ retry_in_vain = Session("retry in vain", (RETRY, "ROLLBACK"))
 abort = Session("abort", ("SELECT procrastinate_cancel_job_v1(%(job)s, true, false)", "COMMIT"))
 delete = Session("delete", ("DELETE FROM procrastinate_jobs WHERE id = %(job)s", "COMMIT"), deletes=True)
 prune = Session("prune", (PRUNE, "COMMIT"))
-unregister = Session("unregister", ("SELECT procrastinate_unregister_worker_v1(%(worker)s)", "COMMIT"))
+unregister = Session("unregister", (UNREGISTER, "COMMIT"))
 heartbeat = Session("heartbeat", ("SELECT procrastinate_update_heartbeat_v1(%(worker)s)", "COMMIT"))
 defer = Session("defer", (DEFER, "COMMIT"))
 defer_in_vain = Session("defer in vain", (DEFER, "ROLLBACK"))
@@ -67,10 +71,17 @@ start = Session(
     (PRUNE, "COMMIT", "SELECT procrastinate_register_worker_v1()", "COMMIT", FETCH, "COMMIT"),
 )
 retry_and_fetch = Session("retry and fetch", (RETRY, "COMMIT", FETCH, "COMMIT"), event="deferred_for_retry")
+# Of an orphan: another worker gets it and is gone again, so that only the attempts tell that this is another run.
+change_hands = Session(
+    "change hands",
+    (RETRY, "SELECT procrastinate_fetch_job_v2('{contested}', %(worker)s)", UNREGISTER, "COMMIT"),
+    event="deferred_for_retry",
+)
 
 ACTS = [
     fetch,
     finish,
+    fail,
     finish_and_delete,
     retry,
     retry_in_vain,
@@ -83,6 +94,7 @@ ACTS = [
     defer_in_vain,
 ]
 BESIDE_A_SIBLING = [fetch, finish, abort, prune, cancel_sibling, delete_sibling]
+ON_AN_ORPHAN = [finish, fail, retry, abort, delete, change_hands]
 
 
 @dataclass(frozen=True)
@@ -92,18 +104,21 @@ class Case:
     sessions: tuple[Session, ...]
     sibling: bool = False
     """Whether a job waits with the queueing lock of the stalled one."""
+    orphan: bool = False
+    """Whether the stalled one has lost its worker; else that is silent."""
 
     def __str__(self) -> str:
         """Their names, and how many orders there are."""
         lengths = [len(session.steps) for session in self.sessions]
         number = factorial(sum(lengths)) // prod(map(factorial, lengths))
         names = ", ".join(session.name for session in self.sessions)
-        return f"{names}{' beside a sibling' if self.sibling else ''}: {number} orders"
+        return f"{names}{' beside a sibling' * self.sibling}{' on an orphan' * self.orphan}: {number} orders"
 
 
 CASES = [
     *(Case(pair) for pair in product([rescue, rescue_in_vain, sweep], ACTS)),
     *(Case(pair, sibling=True) for pair in product([rescue, sweep], BESIDE_A_SIBLING)),
+    *(Case(pair, orphan=True) for pair in product([rescue, sweep], ON_AN_ORPHAN)),
     *(Case(pair) for pair in product([rescue, sweep_with_its_timeout], [defer_and_finish, finish_and_defer])),
     *(Case(pair) for pair in product([rescue, sweep_with_its_timeout], [rescue, rescue_in_vain, retry_job])),
     *(Case((rescue, worker)) for worker in (start, retry_and_fetch)),
@@ -198,9 +213,14 @@ class Scene:
                 connection,
                 "SELECT last_heartbeat < now() - interval '30 s' AS silent FROM procrastinate_workers ORDER BY id",
             ),
+            # The next sweep forgets those that have ended.
             "noted": rows(
                 connection,
-                "SELECT attempts FROM procrastinate_stalled.orphans WHERE job_id <> ALL (%s)",
+                """
+                SELECT orphan.attempts
+                FROM procrastinate_stalled.orphans AS orphan JOIN procrastinate_jobs AS job ON job.id = orphan.job_id
+                WHERE job_id <> ALL (%s) AND job.status = 'doing'
+                """,
                 self.others,
             ),
         }
@@ -233,11 +253,16 @@ def set_the_scene(connection: Connection, case: Case) -> Scene:
         connection.execute("DELETE FROM procrastinate_stalled.orphans")
         ids = {"living": add_worker(connection), "worker": add_worker(connection, silent_for=3600)}
         first = add_job(connection, task_name="pause")
-        ids["job"] = add_job(connection, queue_name="contested", worker_id=ids["worker"], queueing_lock="key")
+        ids["job"] = add_job(
+            connection,
+            queue_name="contested",
+            worker_id=None if case.orphan else ids["worker"],
+            queueing_lock="key",
+        )
         last = add_job(connection)
         if case.sibling:
             ids["sibling"] = add_job(connection, "todo", queue_name="contested", queueing_lock="key")
-        for orphan in (first, last):
+        for orphan in (first, last, *([ids["job"]] if case.orphan else [])):
             add_orphan_note(connection, orphan, attempts=0, seen_ago=3600)
     return Scene(ids, [first, last])
 
@@ -273,13 +298,14 @@ def check_invariants(connection: Connection, case: Case, scene: Scene) -> None:
     for job_id, job in jobs.items():
         events = [event["type"] for event in job["events"]]
         assert job["status"] in ENDS[replay(events)]
-        # Procrastinate adds one for a run that ended well, too.
-        assert job["attempts"] == sum(event in {"deferred_for_retry", "retried", "succeeded"} for event in events)
         ours = [(WRITES[row["action"]], row["rescued_at"]) for row in rescues if row["job_id"] == job_id]
         theirs = [(event["type"], event["at"]) for event in job["events"] if event["type"] in WRITES.values()]
         for event in ours:
             theirs.remove(event)
         assert len(theirs) <= sum(session.event is not None for session in case.sessions)
+        # Procrastinate adds one for each run that it ends, too.
+        counted = [event for event in events if event in {"deferred_for_retry", "retried", "succeeded"}]
+        assert job["attempts"] == len(counted) + sum(event == "failed" for event, _ in theirs)
         if job["status"] == "todo" and not theirs:
             assert job["worker_id"] is None
     waiting = [job["queueing_lock"] for job in jobs.values() if job["status"] == "todo"]
@@ -318,6 +344,9 @@ def test_sessions_leave_what_they_leave_when_they_follow_each_other(
             """What is left at once, and when who passed over a job has come again."""
             scene = set_the_scene(connection, case)
             errors = perform(performers, moves, scene.ids)
+            if not any(DEFER in session.steps for session in case.sessions):
+                waited = [performer.session for performer in performers if performer.has_waited]
+                assert not [session.name for session in waited if {SWEEP, RESCUE} & {*session.steps}]
             check_invariants(connection, case, scene)
             at_once = scene.picture(connection) | {"errors": errors}
             come_again(connection, case, scene)

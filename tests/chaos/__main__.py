@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from typing import LiteralString
 
 import psycopg
 
@@ -31,6 +32,18 @@ SEQUENCES = {
     "procrastinate_stalled.rescues": "procrastinate_stalled.rescues_id_seq",
     "procrastinate_stalled.sweeps": "procrastinate_stalled.sweeps_id_seq",
 }
+
+# Who deletes a job deletes its events too, but not these.
+KEEP_EVENTS: LiteralString = """
+    CREATE TABLE kept_events (job_id bigint, type text, at timestamp with time zone);
+    CREATE FUNCTION keep_event() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
+    BEGIN
+        INSERT INTO kept_events VALUES (new.job_id, new.type, new.at);
+        RETURN NULL;
+    END;
+    $$;
+    CREATE TRIGGER keep AFTER INSERT ON procrastinate_events FOR EACH ROW EXECUTE FUNCTION keep_event();
+    """
 
 
 def main() -> int:
@@ -83,6 +96,7 @@ def _world(seed: int) -> Iterator[World]:
                 "UPDATE procrastinate_stalled.settings SET outage_grace = make_interval(secs => %s)", [OUTAGE_GRACE]
             )
             connection.execute("SELECT procrastinate_stalled.schedule()")
+            connection.execute(KEEP_EVENTS)
         standby = stack.enter_context(streaming_standby(server, SETTINGS | preload))
         folder = server.folder / "chaos"
         folder.mkdir()
@@ -141,9 +155,7 @@ def _judge(world: World) -> Verdict:
         ],
         events=[
             Event(*row)
-            for row in world.query(
-                "SELECT job_id, type::text, extract(epoch FROM at)::double precision FROM procrastinate_events"
-            )
+            for row in world.query("SELECT job_id, type, extract(epoch FROM at)::double precision FROM kept_events")
         ],
         swept=Counter(dict(zip(("retried", "failed", "aborted"), *swept, strict=True))),
     )

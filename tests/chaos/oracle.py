@@ -63,7 +63,7 @@ class Rescue:
 
 @dataclass(frozen=True)
 class Event:
-    """A row of `procrastinate_events`."""
+    """A row of `procrastinate_events`, of jobs too that have been deleted since."""
 
     job: int
     type: str
@@ -177,10 +177,9 @@ def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdi
     events = Counter((event.job, event.type, event.at) for event in evidence.events)
     rescued: Counter[tuple[int, str]] = Counter()
     for rescue in evidence.rescues:
-        if rescue.job in evidence.statuses:
-            rescued[rescue.job, EVENT_OF[rescue.action]] += 1
-            if events[rescue.job, EVENT_OF[rescue.action], rescue.at] != 1:
-                verdict.violations.append(f"{rescue} has no event of its own")
+        rescued[rescue.job, EVENT_OF[rescue.action]] += 1
+        if events[rescue.job, EVENT_OF[rescue.action], rescue.at] != 1:
+            verdict.violations.append(f"{rescue} has no event of its own")
     for (job, event_type), times in Counter((event.job, event.type) for event in evidence.events).items():
         # A worker's retry of a job that is to be aborted makes it fail.
         told = {"deferred_for_retry": ("retried",), "failed": ("failed", "retried"), "aborted": ("aborted",)}
