@@ -190,6 +190,7 @@ def _judge_promotion(world: World, verdict: Verdict) -> None:
 
 def _judge_deadlocks(world: World, verdict: Verdict) -> None:
     """A sweep takes its locks in Procrastinate's order, and does not wait for long, so it is in no deadlock."""
+    verdict.figures["deadlocks"] = 0
     for server in world.servers:
         for deadlock in (server.folder / "log").read_text(errors="replace").split("ERROR:  deadlock detected")[1:]:
             verdict.figures["deadlocks"] += 1
@@ -202,7 +203,11 @@ def _report(world: World, minutes: float, verdict: Verdict) -> str:
     plan = repr(schedule(world.seed, minutes * 60)).encode()
     runs = world.query(
         """
-        SELECT concat_ws(', ', 'runs of pg_cron: ' || status, CASE status WHEN 'failed' THEN return_message END),
+        SELECT concat_ws(
+                   ', ',
+                   'runs of pg_cron: ' || status,
+                   CASE status WHEN 'failed' THEN split_part(return_message, E'\n', 1) END
+               ),
                count(*)
         FROM cron.job_run_details
         GROUP BY 1
