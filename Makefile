@@ -1,7 +1,8 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix lint migration release bench bench-quick bench-page cases chaos mutants clean
+.PHONY: help prepare demo test test-matrix test-model lint migration release bench bench-quick bench-page cases chaos \
+	mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +20,9 @@ test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CE
 	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)
 
 EXAMPLES ?= 500
+test-model: prepare ## Compare the SQL with the model of tests/model.py in other histories each time: EXAMPLES=500
+	@MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/test_model.py -s $(ARGS)
+
 lint: prepare ## Check Python, SQL and shell
 	@$(BIN)/python -m scripts.lint
 
