@@ -70,6 +70,7 @@ DECLARE
     doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
@@ -301,7 +302,8 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -412,4 +414,5 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;
+or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+read_only_sql_transaction.$$;

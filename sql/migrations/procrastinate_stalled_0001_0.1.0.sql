@@ -297,6 +297,51 @@ COMMENT ON FUNCTION procrastinate_stalled._require_procrastinate() IS
     'Raises object_not_in_prerequisite_state, with what is missing and the way out, unless Procrastinate is in the schema that these functions look in.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_writable()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    source text;
+BEGIN
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        RETURN;
+    END IF;
+    SELECT settings.source
+        INTO source
+        FROM pg_settings AS settings
+        WHERE settings.name = 'default_transaction_read_only' AND settings.setting = 'on';
+    RAISE EXCEPTION USING
+        ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = format('nothing can be changed in database "%s": the transaction is read-only', current_database()),
+        DETAIL = CASE
+            WHEN pg_is_in_recovery() THEN 'This server is a standby.'
+            WHEN source IS NULL THEN 'The transaction was made so by a statement.'
+            ELSE format('default_transaction_read_only is on. Where that was set: %s.', source)
+        END,
+        HINT = 'Nothing was changed. ' || CASE
+            WHEN pg_is_in_recovery() THEN 'Connect to the primary.'
+            WHEN source IS NULL THEN 'Call it in a transaction that is READ WRITE.'
+            ELSE 'For this session: SET default_transaction_read_only = off;' || CASE source
+                WHEN 'database' THEN format(
+                    ' For all: ALTER DATABASE %I RESET default_transaction_read_only;', current_database()
+                )
+                WHEN 'user' THEN format(' For all: ALTER ROLE %I RESET default_transaction_read_only;', session_user)
+                WHEN 'database user' THEN format(
+                    ' For all: ALTER ROLE %I IN DATABASE %I RESET default_transaction_read_only;', session_user, current_database()
+                )
+                ELSE ''
+            END
+        END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_writable() IS
+    'Raises read_only_sql_transaction, with what made it so and the way out, if the transaction is read-only.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled.set_procrastinate_schema(
     schema text
 )
@@ -2010,6 +2055,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     -- No type of Procrastinate's: expressions on it, which have no table, would be kept for this session when that is
     -- dropped and made anew.
     SELECT job.id, job.status::text AS status, job.queue_name::text AS queue_name, job.queueing_lock, job.worker_id, job.attempts
@@ -2107,7 +2153,7 @@ Returns the new row of rescues. The job is left as Procrastinate's JobManager.re
 requested is failed, not retried, and keeps the request), except that worker_id is NULL.
 Errors, after which nothing is changed: no_data_found (no such job), object_not_in_prerequisite_state (not in doing),
 unique_violation (another job waits with its queueing lock), lock_not_available (locked by another session for 500 ms),
-invalid_parameter_value.$$;
+invalid_parameter_value, read_only_sql_transaction.$$;
 -- The sweep: judge once, rescue in batches, commit each batch with its counts, then purge. sweep() is what pg_cron
 -- runs; retry_stalled_jobs() does the same in the caller's transaction.
 
@@ -2180,6 +2226,7 @@ DECLARE
     doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
@@ -2411,7 +2458,8 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -2522,7 +2570,8 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;
+or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+read_only_sql_transaction.$$;
 -- Pauses: rules in front of all others that ignore jobs until they expire. A sweep judges each batch anew, so a pause
 -- counts from the next batch on.
 
@@ -2563,6 +2612,7 @@ BEGIN
             HINT = 'Nothing was changed. Examples: billing.% for all tasks of a module, billing\_send for an underscore as it stands.';
     END IF;
 
+    PERFORM procrastinate_stalled._require_writable();
     DELETE FROM procrastinate_stalled.rules
         WHERE position = -2147483648 AND expires_at <= now();
     SELECT expires_at, note
@@ -2607,7 +2657,7 @@ Arguments, all optional:
   reason     for those who read status(), or the sentences of explain_job()
 Returns the new row of rules.
 Errors, after which nothing is changed: invalid_parameter_value (duration, task_name), duplicate_object (another rule has
-the name).$$;
+the name), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_of_pause(
@@ -2646,6 +2696,7 @@ DECLARE
     removed boolean;
     others record;
 BEGIN
+    PERFORM procrastinate_stalled._require_writable();
     WITH pause AS (
         DELETE FROM procrastinate_stalled.rules
             WHERE position = -2147483648
@@ -2679,7 +2730,8 @@ $$Ends the pause that was made with the same arguments. A notice names the pause
 Arguments, all optional:
   queue      as given to pause()
   task_name  as given to pause()
-Returns whether that pause was in force.$$;
+Returns whether that pause was in force.
+Errors: read_only_sql_transaction.$$;
 -- pg_cron. It may be absent, in another database, or closed to this role: each is said, with the way out.
 -- cron.job shows a role its own jobs only; a superuser sees all.
 
@@ -2926,6 +2978,7 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
     PERFORM procrastinate_stalled._require_login();
+    PERFORM procrastinate_stalled._require_writable();
 
     SELECT jobid, job.schedule, job.command, database, active, nodeport
         INTO existing
@@ -2978,7 +3031,7 @@ Returns the id of the pg_cron job (cron.job.jobid).
 Errors, after which nothing is changed: object_not_in_prerequisite_state (pg_cron is absent, or in another database; the
 HINT has the statement to run there), insufficient_privilege (no USAGE on schema cron), invalid_parameter_value (unknown
 schedule), invalid_authorization_specification (the role cannot log in), duplicate_object (the role's job of that name sweeps another
-database).$$;
+database), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.unschedule()
@@ -2998,6 +3051,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_pg_cron();
+    PERFORM procrastinate_stalled._require_writable();
     FOR existing IN
         SELECT jobid
             FROM procrastinate_stalled._classify_cron_jobs(procrastinate_stalled._cron_jobs(), current_database())
@@ -3015,7 +3069,7 @@ superuser, everybody's.
 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
-insufficient_privilege (no USAGE on schema cron).$$;
+insufficient_privilege (no USAGE on schema cron), read_only_sql_transaction.$$;
 -- What Procrastinate's events tell of the past: how long runs take, and which rescues were mistakes. Nothing in this file
 -- writes or locks.
 
