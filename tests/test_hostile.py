@@ -87,7 +87,7 @@ CALLS: dict[str, LiteralString] = {
             )
     """,
     "_rescue_batch": """
-        SELECT one_by_one
+        SELECT one_by_one, disk_is_full
             FROM procrastinate_stalled._rescue_batch(
                 1, NULL, NULL, NULL, NULL, ARRAY(SELECT id FROM tasks.procrastinate_jobs)
             )
