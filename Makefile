@@ -1,8 +1,8 @@
 # Every target is complete in itself: it first installs what is missing (scripts/prepare).
 BIN = .venv/bin
 
-.PHONY: help prepare demo test test-matrix test-model lint migration release bench bench-quick bench-page cases chaos \
-	mutants clean
+.PHONY: help prepare demo test test-slow test-matrix test-model lint migration release bench bench-quick bench-page \
+	cases chaos mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^(# )?[a-z-]+:.*## / { sub(/^# /, "")} /^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: prepare ## Lose a worker to SIGKILL and see its job rescued by PostgreSQL 
 
 test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
 	@$(BIN)/pytest -n 6 --dist worksteal $(ARGS)
+
+test-slow: prepare ## Run the tests that take minutes: a million stalled jobs, a pg_cron that cannot connect
+	@$(BIN)/pytest -m slow $(ARGS)
 
 test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"
 	@$(BIN)/python -m scripts.matrix $(CELLS) -- $(ARGS)

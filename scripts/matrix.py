@@ -51,6 +51,8 @@ LEFT_OUT = {
     "tests/test_live.py::test_a_job_of_a_killed_worker_is_finished_by_another_one_because_pg_cron_swept": RUNS,
     "tests/test_cron_database.py::test_a_database_is_swept_by_a_pg_cron_that_lives_in_database_postgres": RUNS,
     "tests/test_cron_database.py::test_a_restored_copy_is_not_swept_until_it_is_asked_for": RUNS,
+    "tests/test_resource_limits.py"
+    "::test_pg_cron_that_cannot_connect_writes_that_down_and_sweeps_in_the_next_minute_in_which_it_can": RUNS,
     "tests/test_cron_database.py::test_a_role_that_may_not_see_where_pg_cron_lives_is_told_how_to_learn_it": (
         "the fake pg_cron cannot hide cron.database_name"
     ),

@@ -23,6 +23,7 @@ from rich.progress import track
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+PREREQUISITES = "sql/10_prerequisites.sql"
 JUDGEMENT = "sql/30_judgement.sql"
 RESCUE = "sql/40_rescue.sql"
 SWEEP = "sql/50_sweep.sql"
@@ -310,6 +311,49 @@ MUTANTS = [
         "    IF pg_is_in_recovery() THEN",
         "    IF false THEN",
         "live adversity sweep",
+    ),
+    # Limits of the server.
+    Mutant(
+        "Full disk: it ends a sweep, which would try each job in vain",
+        SWEEP,
+        "        disk_is_full := SQLSTATE = '53100';\n",
+        "",
+        "resource_limits",
+    ),
+    Mutant(
+        "Full disk: it ends retry_stalled_jobs() too",
+        SWEEP,
+        "                EXIT batches WHEN result.disk_is_full;\n",
+        "",
+        "resource_limits",
+    ),
+    Mutant(
+        "Full disk: no other error ends a sweep",
+        SWEEP,
+        "        disk_is_full := SQLSTATE = '53100';\n",
+        "        disk_is_full := true;\n",
+        "resource_limits",
+    ),
+    Mutant(
+        "Full disk: it is the error of the sweep, whatever was before",
+        SWEEP,
+        "WHEN error IS NULL OR _rescue_batch.disk_is_full\n",
+        "WHEN error IS NULL\n",
+        "resource_limits",
+    ),
+    Mutant(
+        "Batches: each is committed, whatever ends the sweep",
+        SWEEP,
+        "        COMMIT;\n        EXIT batches WHEN disk_is_full;\n        IF one_by_one",
+        "        EXIT batches WHEN disk_is_full;\n        IF one_by_one",
+        "resource_limits",
+    ),
+    Mutant(
+        "Read-only: it is said why, and what to do",
+        PREREQUISITES,
+        "    IF NOT current_setting('transaction_read_only')::boolean THEN\n",
+        "    IF true THEN\n",
+        "resource_limits",
     ),
     # Names.
     *(

@@ -297,6 +297,51 @@ COMMENT ON FUNCTION procrastinate_stalled._require_procrastinate() IS
     'Raises object_not_in_prerequisite_state, with what is missing and the way out, unless Procrastinate is in the schema that these functions look in.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_writable()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    source text;
+BEGIN
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        RETURN;
+    END IF;
+    SELECT settings.source
+        INTO source
+        FROM pg_settings AS settings
+        WHERE settings.name = 'default_transaction_read_only' AND settings.setting = 'on';
+    RAISE EXCEPTION USING
+        ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = format('nothing can be changed in database "%s": the transaction is read-only', current_database()),
+        DETAIL = CASE
+            WHEN pg_is_in_recovery() THEN 'This server is a standby.'
+            WHEN source IS NULL THEN 'The transaction was made so by a statement.'
+            ELSE format('default_transaction_read_only is on. Where that was set: %s.', source)
+        END,
+        HINT = 'Nothing was changed. ' || CASE
+            WHEN pg_is_in_recovery() THEN 'Connect to the primary.'
+            WHEN source IS NULL THEN 'Call it in a transaction that is READ WRITE.'
+            ELSE 'For this session: SET default_transaction_read_only = off;' || CASE source
+                WHEN 'database' THEN format(
+                    ' For all: ALTER DATABASE %I RESET default_transaction_read_only;', current_database()
+                )
+                WHEN 'user' THEN format(' For all: ALTER ROLE %I RESET default_transaction_read_only;', session_user)
+                WHEN 'database user' THEN format(
+                    ' For all: ALTER ROLE %I IN DATABASE %I RESET default_transaction_read_only;', session_user, current_database()
+                )
+                ELSE ''
+            END
+        END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_writable() IS
+    'Raises read_only_sql_transaction, with what made it so and the way out, if the transaction is read-only.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled.set_procrastinate_schema(
     schema text
 )

@@ -276,6 +276,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     -- No type of Procrastinate's: expressions on it, which have no table, would be kept for this session when that is
     -- dropped and made anew.
     SELECT job.id, job.status::text AS status, job.queue_name::text AS queue_name, job.queueing_lock, job.worker_id, job.attempts
@@ -373,4 +374,4 @@ Returns the new row of rescues. The job is left as Procrastinate's JobManager.re
 requested is failed, not retried, and keeps the request), except that worker_id is NULL.
 Errors, after which nothing is changed: no_data_found (no such job), object_not_in_prerequisite_state (not in doing),
 unique_violation (another job waits with its queueing lock), lock_not_available (locked by another session for 500 ms),
-invalid_parameter_value.$$;
+invalid_parameter_value, read_only_sql_transaction.$$;

@@ -70,6 +70,7 @@ DECLARE
     doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
@@ -131,7 +132,8 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     nb_seconds interval,
     job_ids bigint[],
     OUT rescue_ids bigint[],
-    OUT one_by_one boolean
+    OUT one_by_one boolean,
+    OUT disk_is_full boolean
 )
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
@@ -143,6 +145,7 @@ DECLARE
     violated_constraint text;
 BEGIN
     one_by_one := false;
+    disk_is_full := false;
     PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
         rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
@@ -153,9 +156,15 @@ BEGIN
         END IF;
         -- What a deferred job with the same queueing lock causes is no error: the job has lost its turn.
         GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
+        disk_is_full := SQLSTATE = '53100';
         IF SQLSTATE <> '55P03' AND violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
             UPDATE procrastinate_stalled.sweeps
-                SET error = coalesce(error, format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE))
+                -- The first one, or the one that ends the sweep.
+                SET error = CASE
+                        WHEN error IS NULL OR _rescue_batch.disk_is_full
+                        THEN format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE)
+                        ELSE error
+                    END
                 WHERE id = sweep_id;
         END IF;
         RETURN;
@@ -173,7 +182,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
-    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is.';
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. disk_is_full asks to end the sweep: the other jobs need room too.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
@@ -257,6 +266,7 @@ DECLARE
     suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
+    disk_is_full boolean;
     job_id bigint;
 BEGIN
     IF NOT procrastinate_stalled._can_sweep(batch_size) THEN
@@ -272,17 +282,22 @@ BEGIN
         FROM procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL) AS begun;
     -- Whatever ends the sweep from here on, its row and the orphans that it saw first remain.
     COMMIT;
+    <<batches>>
     FOR batch IN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-        one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
+        SELECT rescued.one_by_one, rescued.disk_is_full
+            INTO one_by_one, disk_is_full
+            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch) AS rescued;
         COMMIT;
+        EXIT batches WHEN disk_is_full;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
                 PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-                PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
+                disk_is_full := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id])).disk_is_full;
                 COMMIT;
+                EXIT batches WHEN disk_is_full;
             END LOOP;
         END IF;
     END LOOP;
@@ -301,7 +316,8 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -361,6 +377,7 @@ BEGIN
     END IF;
 
     sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    <<batches>>
     FOR batch IN
         SELECT batches.batch
             FROM procrastinate_stalled._batches(
@@ -382,6 +399,7 @@ BEGIN
         );
         RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
         done := done + coalesce(cardinality(result.rescue_ids), 0);
+        EXIT batches WHEN result.disk_is_full;
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
@@ -389,6 +407,7 @@ BEGIN
                 );
                 RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
                 done := done + coalesce(cardinality(result.rescue_ids), 0);
+                EXIT batches WHEN result.disk_is_full;
             END LOOP;
         END IF;
     END LOOP;
@@ -412,4 +431,5 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;
+or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+read_only_sql_transaction.$$;

@@ -38,6 +38,7 @@ BEGIN
             HINT = 'Nothing was changed. Examples: billing.% for all tasks of a module, billing\_send for an underscore as it stands.';
     END IF;
 
+    PERFORM procrastinate_stalled._require_writable();
     DELETE FROM procrastinate_stalled.rules
         WHERE position = -2147483648 AND expires_at <= now();
     SELECT expires_at, note
@@ -82,7 +83,7 @@ Arguments, all optional:
   reason     for those who read status(), or the sentences of explain_job()
 Returns the new row of rules.
 Errors, after which nothing is changed: invalid_parameter_value (duration, task_name), duplicate_object (another rule has
-the name).$$;
+the name), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_of_pause(
@@ -121,6 +122,7 @@ DECLARE
     removed boolean;
     others record;
 BEGIN
+    PERFORM procrastinate_stalled._require_writable();
     WITH pause AS (
         DELETE FROM procrastinate_stalled.rules
             WHERE position = -2147483648
@@ -154,4 +156,5 @@ $$Ends the pause that was made with the same arguments. A notice names the pause
 Arguments, all optional:
   queue      as given to pause()
   task_name  as given to pause()
-Returns whether that pause was in force.$$;
+Returns whether that pause was in force.
+Errors: read_only_sql_transaction.$$;

@@ -244,6 +244,7 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
     PERFORM procrastinate_stalled._require_login();
+    PERFORM procrastinate_stalled._require_writable();
 
     SELECT jobid, job.schedule, job.command, database, active, nodeport
         INTO existing
@@ -296,7 +297,7 @@ Returns the id of the pg_cron job (cron.job.jobid).
 Errors, after which nothing is changed: object_not_in_prerequisite_state (pg_cron is absent, or in another database; the
 HINT has the statement to run there), insufficient_privilege (no USAGE on schema cron), invalid_parameter_value (unknown
 schedule), invalid_authorization_specification (the role cannot log in), duplicate_object (the role's job of that name sweeps another
-database).$$;
+database), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.unschedule()
@@ -316,6 +317,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_pg_cron();
+    PERFORM procrastinate_stalled._require_writable();
     FOR existing IN
         SELECT jobid
             FROM procrastinate_stalled._classify_cron_jobs(procrastinate_stalled._cron_jobs(), current_database())
@@ -333,4 +335,4 @@ superuser, everybody's.
 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
-insufficient_privilege (no USAGE on schema cron).$$;
+insufficient_privilege (no USAGE on schema cron), read_only_sql_transaction.$$;

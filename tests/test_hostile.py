@@ -79,6 +79,7 @@ CALLS: dict[str, LiteralString] = {
     "_require_login": "SELECT procrastinate_stalled._require_login()",
     "_require_pg_cron": "SELECT procrastinate_stalled._require_pg_cron()",
     "_require_procrastinate": "SELECT procrastinate_stalled._require_procrastinate()",
+    "_require_writable": "SELECT procrastinate_stalled._require_writable()",
     "_rescue": """
         SELECT retried, failed, aborted
             FROM procrastinate_stalled._rescue(
@@ -86,7 +87,7 @@ CALLS: dict[str, LiteralString] = {
             )
     """,
     "_rescue_batch": """
-        SELECT one_by_one
+        SELECT one_by_one, disk_is_full
             FROM procrastinate_stalled._rescue_batch(
                 1, NULL, NULL, NULL, NULL, ARRAY(SELECT id FROM tasks.procrastinate_jobs)
             )

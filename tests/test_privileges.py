@@ -63,6 +63,7 @@ READ_FUNCTIONS = {
     "_require_login",
     "_require_pg_cron",
     "_require_procrastinate",
+    "_require_writable",
     "_seconds",
     "_silent_since",
     "_sentence",

@@ -297,6 +297,51 @@ COMMENT ON FUNCTION procrastinate_stalled._require_procrastinate() IS
     'Raises object_not_in_prerequisite_state, with what is missing and the way out, unless Procrastinate is in the schema that these functions look in.';
 
 
+CREATE OR REPLACE FUNCTION procrastinate_stalled._require_writable()
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path FROM CURRENT
+AS $$
+DECLARE
+    source text;
+BEGIN
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        RETURN;
+    END IF;
+    SELECT settings.source
+        INTO source
+        FROM pg_settings AS settings
+        WHERE settings.name = 'default_transaction_read_only' AND settings.setting = 'on';
+    RAISE EXCEPTION USING
+        ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = format('nothing can be changed in database "%s": the transaction is read-only', current_database()),
+        DETAIL = CASE
+            WHEN pg_is_in_recovery() THEN 'This server is a standby.'
+            WHEN source IS NULL THEN 'The transaction was made so by a statement.'
+            ELSE format('default_transaction_read_only is on. Where that was set: %s.', source)
+        END,
+        HINT = 'Nothing was changed. ' || CASE
+            WHEN pg_is_in_recovery() THEN 'Connect to the primary.'
+            WHEN source IS NULL THEN 'Call it in a transaction that is READ WRITE.'
+            ELSE 'For this session: SET default_transaction_read_only = off;' || CASE source
+                WHEN 'database' THEN format(
+                    ' For all: ALTER DATABASE %I RESET default_transaction_read_only;', current_database()
+                )
+                WHEN 'user' THEN format(' For all: ALTER ROLE %I RESET default_transaction_read_only;', session_user)
+                WHEN 'database user' THEN format(
+                    ' For all: ALTER ROLE %I IN DATABASE %I RESET default_transaction_read_only;', session_user, current_database()
+                )
+                ELSE ''
+            END
+        END;
+END;
+$$;
+
+COMMENT ON FUNCTION procrastinate_stalled._require_writable() IS
+    'Raises read_only_sql_transaction, with what made it so and the way out, if the transaction is read-only.';
+
+
 CREATE OR REPLACE FUNCTION procrastinate_stalled.set_procrastinate_schema(
     schema text
 )
@@ -2010,6 +2055,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     -- No type of Procrastinate's: expressions on it, which have no table, would be kept for this session when that is
     -- dropped and made anew.
     SELECT job.id, job.status::text AS status, job.queue_name::text AS queue_name, job.queueing_lock, job.worker_id, job.attempts
@@ -2107,7 +2153,7 @@ Returns the new row of rescues. The job is left as Procrastinate's JobManager.re
 requested is failed, not retried, and keeps the request), except that worker_id is NULL.
 Errors, after which nothing is changed: no_data_found (no such job), object_not_in_prerequisite_state (not in doing),
 unique_violation (another job waits with its queueing lock), lock_not_available (locked by another session for 500 ms),
-invalid_parameter_value.$$;
+invalid_parameter_value, read_only_sql_transaction.$$;
 -- The sweep: judge once, rescue in batches, commit each batch with its counts, then purge. sweep() is what pg_cron
 -- runs; retry_stalled_jobs() does the same in the caller's transaction.
 
@@ -2180,6 +2226,7 @@ DECLARE
     doing record;
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
+    PERFORM procrastinate_stalled._require_writable();
     PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
@@ -2241,7 +2288,8 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     nb_seconds interval,
     job_ids bigint[],
     OUT rescue_ids bigint[],
-    OUT one_by_one boolean
+    OUT one_by_one boolean,
+    OUT disk_is_full boolean
 )
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
@@ -2253,6 +2301,7 @@ DECLARE
     violated_constraint text;
 BEGIN
     one_by_one := false;
+    disk_is_full := false;
     PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
         rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
@@ -2263,9 +2312,15 @@ BEGIN
         END IF;
         -- What a deferred job with the same queueing lock causes is no error: the job has lost its turn.
         GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
+        disk_is_full := SQLSTATE = '53100';
         IF SQLSTATE <> '55P03' AND violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
             UPDATE procrastinate_stalled.sweeps
-                SET error = coalesce(error, format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE))
+                -- The first one, or the one that ends the sweep.
+                SET error = CASE
+                        WHEN error IS NULL OR _rescue_batch.disk_is_full
+                        THEN format('job %s: %s (%s)', job_ids[1], SQLERRM, SQLSTATE)
+                        ELSE error
+                    END
                 WHERE id = sweep_id;
         END IF;
         RETURN;
@@ -2283,7 +2338,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
-    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is.';
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. disk_is_full asks to end the sweep: the other jobs need room too.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
@@ -2367,6 +2422,7 @@ DECLARE
     suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
+    disk_is_full boolean;
     job_id bigint;
 BEGIN
     IF NOT procrastinate_stalled._can_sweep(batch_size) THEN
@@ -2382,17 +2438,22 @@ BEGIN
         FROM procrastinate_stalled._begin_sweep(NULL, NULL, NULL, NULL) AS begun;
     -- Whatever ends the sweep from here on, its row and the orphans that it saw first remain.
     COMMIT;
+    <<batches>>
     FOR batch IN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-        one_by_one := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch)).one_by_one;
+        SELECT rescued.one_by_one, rescued.disk_is_full
+            INTO one_by_one, disk_is_full
+            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch) AS rescued;
         COMMIT;
+        EXIT batches WHEN disk_is_full;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
                 PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-                PERFORM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id]);
+                disk_is_full := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id])).disk_is_full;
                 COMMIT;
+                EXIT batches WHEN disk_is_full;
             END LOOP;
         END IF;
     END LOOP;
@@ -2411,7 +2472,8 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked). A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error.$$;
+a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -2471,6 +2533,7 @@ BEGIN
     END IF;
 
     sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    <<batches>>
     FOR batch IN
         SELECT batches.batch
             FROM procrastinate_stalled._batches(
@@ -2492,6 +2555,7 @@ BEGIN
         );
         RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
         done := done + coalesce(cardinality(result.rescue_ids), 0);
+        EXIT batches WHEN result.disk_is_full;
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
@@ -2499,6 +2563,7 @@ BEGIN
                 );
                 RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
                 done := done + coalesce(cardinality(result.rescue_ids), 0);
+                EXIT batches WHEN result.disk_is_full;
             END LOOP;
         END IF;
     END LOOP;
@@ -2522,7 +2587,8 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
 that no rule matches, is not touched.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked.$$;
+or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+read_only_sql_transaction.$$;
 -- Pauses: rules in front of all others that ignore jobs until they expire. A sweep judges each batch anew, so a pause
 -- counts from the next batch on.
 
@@ -2563,6 +2629,7 @@ BEGIN
             HINT = 'Nothing was changed. Examples: billing.% for all tasks of a module, billing\_send for an underscore as it stands.';
     END IF;
 
+    PERFORM procrastinate_stalled._require_writable();
     DELETE FROM procrastinate_stalled.rules
         WHERE position = -2147483648 AND expires_at <= now();
     SELECT expires_at, note
@@ -2607,7 +2674,7 @@ Arguments, all optional:
   reason     for those who read status(), or the sentences of explain_job()
 Returns the new row of rules.
 Errors, after which nothing is changed: invalid_parameter_value (duration, task_name), duplicate_object (another rule has
-the name).$$;
+the name), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_of_pause(
@@ -2646,6 +2713,7 @@ DECLARE
     removed boolean;
     others record;
 BEGIN
+    PERFORM procrastinate_stalled._require_writable();
     WITH pause AS (
         DELETE FROM procrastinate_stalled.rules
             WHERE position = -2147483648
@@ -2679,7 +2747,8 @@ $$Ends the pause that was made with the same arguments. A notice names the pause
 Arguments, all optional:
   queue      as given to pause()
   task_name  as given to pause()
-Returns whether that pause was in force.$$;
+Returns whether that pause was in force.
+Errors: read_only_sql_transaction.$$;
 -- pg_cron. It may be absent, in another database, or closed to this role: each is said, with the way out.
 -- cron.job shows a role its own jobs only; a superuser sees all.
 
@@ -2926,6 +2995,7 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._require_pg_cron(schedule.schedule);
     PERFORM procrastinate_stalled._require_login();
+    PERFORM procrastinate_stalled._require_writable();
 
     SELECT jobid, job.schedule, job.command, database, active, nodeport
         INTO existing
@@ -2978,7 +3048,7 @@ Returns the id of the pg_cron job (cron.job.jobid).
 Errors, after which nothing is changed: object_not_in_prerequisite_state (pg_cron is absent, or in another database; the
 HINT has the statement to run there), insufficient_privilege (no USAGE on schema cron), invalid_parameter_value (unknown
 schedule), invalid_authorization_specification (the role cannot log in), duplicate_object (the role's job of that name sweeps another
-database).$$;
+database), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.unschedule()
@@ -2998,6 +3068,7 @@ BEGIN
     END IF;
 
     PERFORM procrastinate_stalled._require_pg_cron();
+    PERFORM procrastinate_stalled._require_writable();
     FOR existing IN
         SELECT jobid
             FROM procrastinate_stalled._classify_cron_jobs(procrastinate_stalled._cron_jobs(), current_database())
@@ -3015,7 +3086,7 @@ superuser, everybody's.
 
 Returns whether there was one. Without pg_cron on the server there is none.
 Errors: object_not_in_prerequisite_state (pg_cron is in another database; the HINT has the statement to run there),
-insufficient_privilege (no USAGE on schema cron).$$;
+insufficient_privilege (no USAGE on schema cron), read_only_sql_transaction.$$;
 -- What Procrastinate's events tell of the past: how long runs take, and which rescues were mistakes. Nothing in this file
 -- writes or locks.
 
