@@ -588,7 +588,7 @@ def status(context: typer.Context, cron_database: CronDatabase = None, as_json: 
         if cron_database is None:
             checks = stalled.status()
         else:
-            jobs = _jobs_of_pg_cron(connection, elsewhere.address(cron_database, context.obj))
+            jobs = _jobs_of_pg_cron(connection, cron_database, context.obj)
             with elsewhere.told(connection, jobs):
                 checks = stalled.status()
         checks.append(_package_status(stalled.version()))
@@ -606,14 +606,14 @@ def status(context: typer.Context, cron_database: CronDatabase = None, as_json: 
     return max({"ok": OK, "warning": WARNING, "error": ERROR}[check.level] for check in checks)
 
 
-def _jobs_of_pg_cron(connection: psycopg.Connection[Any], conninfo: str) -> dict[str, Any]:
+def _jobs_of_pg_cron(connection: psycopg.Connection[Any], cron_database: str, conninfo: str) -> dict[str, Any]:
     """Return what `status` is to judge, also where it cannot be read."""
     import psycopg
 
-    from procrastinate_stalled import cron_database
+    from procrastinate_stalled import cron_database as elsewhere
 
     try:
-        return cron_database.read_jobs(connection, conninfo)
+        return elsewhere.read_jobs(connection, elsewhere.address(cron_database, conninfo))
     except psycopg.Error as error:
         message, detail, hint = _explain(error)
         # It reads only, and the commands that do not have the same hints.
@@ -859,7 +859,12 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
     """Return what is wrong, the fact behind it and what to do."""
     message, hint = error.diag.message_primary, error.diag.message_hint
     if message is not None:
-        if error.sqlstate in NOT_THERE and (SCHEMA in message or error.sqlstate == "42703"):
+        # Our own errors have a detail: of a Procrastinate that is not in the schema that was named.
+        if (
+            error.sqlstate in NOT_THERE
+            and (SCHEMA in message or error.sqlstate == "42703")
+            and error.diag.message_detail is None
+        ):
             return (
                 f"{SCHEMA} is not installed in this database, or in another version",
                 message,
@@ -873,7 +878,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
         return (
             "what the database answered cannot be shown",
             str(error),
-            "The command was carried out. A time in the answer is infinite or out of range: look at it with psql.",
+            "The command was carried out. Python cannot read all times and all JSON: look at it with psql.",
         )
 
     from procrastinate_stalled.cron_database import NoConnectionToCronDatabase
@@ -897,6 +902,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
 @contextmanager
 def _connection(context: typer.Context, **options: Any) -> Iterator[psycopg.Connection[Any]]:
     import psycopg
+    from psycopg.types.json import set_json_loads
 
     with psycopg.connect(
         context.obj,
@@ -905,7 +911,18 @@ def _connection(context: typer.Context, **options: Any) -> Iterator[psycopg.Conn
         fallback_application_name="procrastinate-stalled",
         **options,
     ) as connection:
+        set_json_loads(_read_json, connection)
         yield connection
+
+
+def _read_json(text: str | bytes) -> Any:
+    """Return what psycopg would, or raise what it does for other values that Python cannot read."""
+    import psycopg
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise psycopg.DataError(f"can't parse JSON: {error}") from error
 
 
 def _use_local_time(connection: psycopg.Connection[Any]) -> None:

@@ -221,7 +221,7 @@ SELECT jsonb_build_object(
 
 
 class NoConnectionToCronDatabase(psycopg.OperationalError):
-    """The database where pg_cron lives cannot be reached."""
+    """The database where pg_cron lives cannot be reached, or its address cannot be understood."""
 
 
 def address(cron_database: str, conninfo: str) -> str:
@@ -234,10 +234,18 @@ def address(cron_database: str, conninfo: str) -> str:
         ``conninfo``: the server, and the role with its password.
     conninfo :
         The address of the database to be swept.
+
+    Raises
+    ------
+    NoConnectionToCronDatabase
+        libpq does not understand it.
     """
     if "=" not in cron_database and not cron_database.startswith(("postgresql://", "postgres://")):
         return make_conninfo(conninfo, dbname=cron_database)
-    given = conninfo_to_dict(cron_database)
+    try:
+        given = conninfo_to_dict(cron_database)
+    except psycopg.ProgrammingError as error:
+        raise NoConnectionToCronDatabase(*error.args) from error
     role, server = {"user", "password", "passfile"}, {"host", "hostaddr", "port", "service"}
     not_inherited: set[str] = set()
     if given.keys() & {"user", "service"}:
@@ -310,7 +318,7 @@ def _cron_database(ours: psycopg.Connection[Any], cron_conninfo: str) -> Iterato
             client_encoding="utf8",
             fallback_application_name="procrastinate-stalled",
         )
-    except psycopg.OperationalError as error:
+    except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         raise NoConnectionToCronDatabase(*error.args) from error
     with connection as there, there.transaction():
         there.execute("SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)")

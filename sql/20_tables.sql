@@ -25,6 +25,8 @@ CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
     -- A pattern that ends in an escape character fails at the first job that it is compared with.
     CONSTRAINT rules_task_name_is_a_like_pattern CHECK (task_name !~ '(^|[^\\])(\\\\)*\\$'),
     CONSTRAINT rules_args_is_an_object CHECK (jsonb_typeof(args) = 'object'),
+    -- To compare two objects takes more stack than to read them: deep ones would fail at the first job that has such args.
+    CONSTRAINT rules_args_length CHECK (length(args::text) <= 4000),
     -- timestamp + interval must stay within range, or a rule could make every sweep fail. A comparison takes a year for
     -- 360 days and the epoch for 365.25, so both together also refuse '5000000 years -1799999999 days'.
     CONSTRAINT rules_heartbeat_timeout_in_range CHECK (
@@ -52,7 +54,7 @@ COMMENT ON COLUMN procrastinate_stalled.rules.enabled IS 'A rule that is not ena
 COMMENT ON COLUMN procrastinate_stalled.rules.expires_at IS 'The rule matches nothing from then on. NULL: it never expires. A rule that ignores jobs until it expires is a pause: pause() makes such rules.';
 COMMENT ON COLUMN procrastinate_stalled.rules.queue_name IS 'Matches jobs of exactly this queue. NULL: of any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.task_name IS 'Matches jobs whose task name is LIKE this pattern, such as billing.% (an underscore stands for any one character, \_ for itself). NULL: any.';
-COMMENT ON COLUMN procrastinate_stalled.rules.args IS 'Matches jobs whose args contain this JSON object (job.args @> rule.args). NULL: any.';
+COMMENT ON COLUMN procrastinate_stalled.rules.args IS 'Matches jobs whose args contain this JSON object (job.args @> rule.args), of at most 4000 characters. NULL: any.';
 COMMENT ON COLUMN procrastinate_stalled.rules.heartbeat_timeout IS 'A job is stalled when its worker has not been heard of for so long; an orphan, when a sweep first saw it so long ago. The time in which the server was down does not count, see settings.outage_grace. NULL: silence never counts. Longer than 0, at most 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.rules.run_timeout IS 'A job is stalled when its last started event is so long ago, whatever its worker says, also while no worker is alive. NULL: no limit. Longer than 0, at most 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.rules.action IS 'retry: back to todo. fail: end it as failed. ignore: never touch it.';

@@ -260,14 +260,17 @@ AS $$
 DECLARE
     job record;
     rescue procrastinate_stalled.rescues;
+    retry_at_is_in_range boolean;
     violated_constraint text;
 BEGIN
-    IF job_id IS NULL OR NOT isfinite(retry_at) OR length(queue) NOT BETWEEN 1 AND 128 THEN
+    -- Python, which the workers are written in, knows no other times.
+    retry_at_is_in_range := retry_at >= '1970-01-01 00:00+00' AND retry_at < '9999-12-31 00:00+00';
+    IF job_id IS NULL OR NOT retry_at_is_in_range OR length(queue) NOT BETWEEN 1 AND 128 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = CASE
                 WHEN job_id IS NULL THEN 'job_id must not be NULL'
-                WHEN NOT isfinite(retry_at) THEN 'retry_at must be a finite time'
+                WHEN NOT retry_at_is_in_range THEN 'retry_at must be a time from 1970 to 9999'
                 ELSE 'queue must have 1 to 128 characters'
             END,
             DETAIL = format('job_id is %s, retry_at is %s, queue has %s characters.',
@@ -366,7 +369,7 @@ all, the job will run twice.
 
 Arguments:
   job_id    the job, which must be in doing
-  retry_at  when the retry may start; NULL: at once
+  retry_at  when the retry may start, from 1970 to 9999-12-30; NULL: at once
   priority  new priority; NULL: unchanged
   queue     new queue, 1 to 128 characters; NULL: unchanged
   lock      new lock; NULL: unchanged

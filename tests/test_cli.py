@@ -649,6 +649,12 @@ def test_set_procrastinate_schema_follows_a_schema_that_was_renamed(
         hint="Nothing was changed",
     )
 
+    expect_error(
+        run("set-procrastinate-schema", "procrastinate_stalled", database=database),
+        'schema "procrastinate_stalled" has no Procrastinate',
+        hint="Nothing was changed",
+    )
+
     said = succeed("set-procrastinate-schema", "of the App", database=database)
 
     assert said == "Procrastinate is looked for in schema of the App.\n"
@@ -683,6 +689,17 @@ def test_a_time_that_python_cannot_show_is_told_as_what_it_is(
 ) -> None:
     connection.execute("UPDATE procrastinate_workers SET last_heartbeat = '-infinity'")
     done = run("workers", database=database)
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr.startswith("Error: what the database answered cannot be shown")
+
+
+@pytest.mark.parametrize("json_text", ['{"a": 1e5000}', '{"a": ' * 3000 + "1" + "}" * 3000], ids=["long", "deep"])
+def test_args_that_python_cannot_read_are_told_as_what_they_are(
+    database: str, connection: psycopg.Connection[Any], json_text: str
+) -> None:
+    job = add_stalled_job(connection)
+    connection.execute("UPDATE procrastinate_jobs SET args = %s::jsonb WHERE id = %s", [json_text, job])
+    done = run("list", database=database)
     assert (done.returncode, done.stdout) == (FAILED, "")
     assert done.stderr.startswith("Error: what the database answered cannot be shown")
 

@@ -281,6 +281,17 @@ def test_a_database_that_cannot_be_reached_is_explained(ours: str, command: str)
     expect_error(done, "no connection to the database of pg_cron", hint="--cron-database")
 
 
+@pytest.mark.parametrize("address", ["postgresql://%zz", "=", "connect_timeout=soon"])
+def test_an_address_that_makes_no_sense_is_explained(ours: str, address: str) -> None:
+    for command in ("schedule", "unschedule"):
+        done = run(command, "--cron-database", address, database=ours)
+        expect_error(done, "no connection to the database of pg_cron", hint="Name it with --cron-database")
+
+    schedule = checks(run("status", "--json", "--cron-database", address, database=ours))["schedule"]
+    assert schedule["level"] == "warning"
+    assert "no connection to the database of pg_cron" in schedule["detail"]
+
+
 def test_where_this_product_is_not_installed_nothing_is_scheduled(cron_server: Server, there: Connection) -> None:
     with cron_server.database("procrastinate") as database:
         done = run("schedule", "--cron-database", CRON, database=database)

@@ -4,6 +4,7 @@ Django is set up once in a process, for these tests alone; they lend it their da
 """
 
 import html
+import json
 import os
 import re
 import time
@@ -384,6 +385,7 @@ def in_a_form(comment: str) -> str:
 REFUSED = {
     "rules_action_known": None,  # the form has a list
     "rules_args_is_an_object": ("args", {"args": "[1]"}),
+    "rules_args_length": ("args", {"args": json.dumps({"a": "a" * 3992})}),
     "rules_expires_at_in_range": ("expires_at", {"expires_at_0": "1960-01-01", "expires_at_1": "12:00"}),
     "rules_first_position_is_for_pauses": ("position", {"position": -2147483648}),
     "rules_heartbeat_timeout_in_range": ("heartbeat_timeout", {"heartbeat_timeout": "0 s"}),

@@ -264,13 +264,23 @@ def test_a_job_whose_queueing_lock_another_one_has_is_refused(transaction: Conne
         ("NULL", "job_id must not be NULL", "job_id is NULL, retry_at is NULL, queue has no characters."),
         (
             "{job}, retry_at => 'infinity'",
-            "retry_at must be a finite time",
+            "retry_at must be a time from 1970 to 9999",
             "job_id is {job}, retry_at is infinity, queue has no characters.",
         ),
         (
             "{job}, retry_at => '-infinity'",
-            "retry_at must be a finite time",
+            "retry_at must be a time from 1970 to 9999",
             "job_id is {job}, retry_at is -infinity, queue has no characters.",
+        ),
+        (
+            "{job}, retry_at => '1969-12-31 23:59:59+00'",
+            "retry_at must be a time from 1970 to 9999",
+            "job_id is {job}, retry_at is 1969-12-31 23:59:59+00, queue has no characters.",
+        ),
+        (
+            "{job}, retry_at => '9999-12-31 00:00+00'",
+            "retry_at must be a time from 1970 to 9999",
+            "job_id is {job}, retry_at is 9999-12-31 00:00:00+00, queue has no characters.",
         ),
         (
             "{job}, queue => ''",
@@ -288,6 +298,7 @@ def test_arguments_that_make_no_sense_are_refused(
     transaction: Connection, arguments: str, message: str, detail: str
 ) -> None:
     job = add_stalled_job(transaction)
+    transaction.execute("SET LOCAL TimeZone = 'UTC'")
     with refusal(transaction, psycopg.errors.InvalidParameterValue) as parts:
         transaction.execute(f"SELECT procrastinate_stalled.retry_job({arguments.format(job=job)})")
     assert parts == {
@@ -295,6 +306,13 @@ def test_arguments_that_make_no_sense_are_refused(
         "detail": detail.format(job=job),
         "hint": "Nothing was changed. Example: SELECT * FROM procrastinate_stalled.retry_job(42);",
     }
+
+
+@pytest.mark.parametrize("retry_at", ["1970-01-01 00:00+00", "9999-12-30 23:59:59.999999+00"])
+def test_a_worker_can_read_the_earliest_and_the_latest_time(transaction: Connection, retry_at: str) -> None:
+    job = add_stalled_job(transaction)
+    transaction.execute("SELECT procrastinate_stalled.retry_job(%s, retry_at => %s)", [job, retry_at])
+    assert get_job(transaction, job)["scheduled_at"] == datetime.fromisoformat(retry_at)
 
 
 LOCKED = {

@@ -818,6 +818,7 @@ def test_what_the_user_changed_stays_when_the_migration_runs_again(connection: C
         ("args", Jsonb("a"), "rules_args_is_an_object"),
         ("args", Jsonb(1), "rules_args_is_an_object"),
         ("args", Jsonb(True), "rules_args_is_an_object"),
+        ("args", Jsonb({"a": "a" * 3992}), "rules_args_length"),
         ("heartbeat_timeout", "0", "rules_heartbeat_timeout_in_range"),
         ("heartbeat_timeout", "-1 second", "rules_heartbeat_timeout_in_range"),
         ("heartbeat_timeout", "10 years 1 second", "rules_heartbeat_timeout_in_range"),
@@ -884,6 +885,18 @@ def test_two_rules_with_one_name_are_refused(transaction: Connection) -> None:
 def test_a_rule_may_go_to_the_limits(no_rules: Connection, values: dict[str, Any]) -> None:
     add_rule(no_rules, "r", **values)
     add_stalled_job(no_rules, silent_for=10**9, started_ago=10**9)
+    sweep(no_rules)
+
+
+def test_the_deepest_args_of_a_rule_can_be_compared_with_those_of_any_job(no_rules: Connection) -> None:
+    def deep(depth: int) -> str:
+        return '{"":' + "[" * depth + "]" * depth + "}"
+
+    longest = deep(1997)
+    assert rows(no_rules, "SELECT length(%s::jsonb::text)", longest) == [{"length": 4000}]
+    no_rules.execute("INSERT INTO procrastinate_stalled.rules (name, args) VALUES ('r', %s::jsonb)", [longest])
+    job = add_stalled_job(no_rules)
+    no_rules.execute("UPDATE procrastinate_jobs SET args = %s::jsonb WHERE id = %s", [deep(6000), job])
     sweep(no_rules)
 
 
