@@ -9,7 +9,7 @@ from tests.chaos.adversary import FAULTS, schedule
 from tests.chaos.oracle import Event, Evidence, Life, Rescue, Run, judge
 
 LIVING = Life(1, ended_at=1000)
-KILLED = Life(2, ended_at=102)
+KILLED = Life(2, ended_at=102, beats=[(101, 101.1)])
 FROZEN = Life(3, ended_at=1000, frozen=[(101, 115)])
 OTHER = Life(4, ended_at=1000)
 
@@ -20,11 +20,12 @@ RESCUE = Rescue(job=7, at=110, action="retried", reason="heartbeat", attempts=0)
 EVENT = Event(7, "deferred_for_retry", 110)
 GOOD = Evidence(
     heartbeat_timeout=8,
+    run_timeout=30,
     deferred=[7],
     runs=[LOST, RETRY],
     statuses={7: "succeeded"},
     rescues=[RESCUE],
-    events=[EVENT],
+    events=[Event(7, "started", 99.9), EVENT],
     swept=Counter(retried=1),
 )
 
@@ -74,6 +75,16 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
             ),
             "runs overlapped (lock a)",
         ),
+        (replace(GOOD, runs=[replace(LOST, life=replace(KILLED, beats=[(102.1, 102.2)])), RETRY]), "came too soon"),
+        (
+            replace(
+                GOOD,
+                rescues=[replace(RESCUE, reason="orphaned")],
+                events=[Event(7, "lost its worker", 102.1), EVENT],
+            ),
+            "came too soon",
+        ),
+        (replace(GOOD, rescues=[replace(RESCUE, reason="run_timeout")]), "came too soon"),
         (replace(GOOD, events=[]), "has no event of its own"),
         (replace(GOOD, events=[EVENT, Event(7, "deferred_for_retry", 111)]), "2 events deferred_for_retry"),
         (replace(GOOD, events=[EVENT, Event(7, "failed", 111)]), "1 events failed"),

@@ -71,6 +71,10 @@ start = Session(
     (PRUNE, "COMMIT", "SELECT procrastinate_register_worker_v1()", "COMMIT", FETCH, "COMMIT"),
 )
 retry_and_fetch = Session("retry and fetch", (RETRY, "COMMIT", FETCH, "COMMIT"), event="deferred_for_retry")
+# The worker's retry of a job that is to be aborted fails it, and leaves it as it was but for the status.
+abort_and_retry = Session(
+    "abort and retry", ("SELECT procrastinate_cancel_job_v1(%(job)s, true, false)", RETRY, "COMMIT"), event="failed"
+)
 # Of an orphan: another worker gets it and is gone again, so that only the attempts tell that this is another run.
 change_hands = Session(
     "change hands",
@@ -94,7 +98,7 @@ ACTS = [
     defer_in_vain,
 ]
 BESIDE_A_SIBLING = [fetch, finish, abort, prune, cancel_sibling, delete_sibling]
-ON_AN_ORPHAN = [finish, fail, retry, abort, delete, change_hands]
+ON_AN_ORPHAN = [finish, fail, retry, abort, abort_and_retry, delete, change_hands]
 
 
 @dataclass(frozen=True)

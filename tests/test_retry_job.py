@@ -35,7 +35,7 @@ from tests.random_databases import with_examples
 # Procrastinate's connector stumbles over the error of a queueing lock with a line break.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\n"), max_size=128)
 integers = st.integers(-(2**31), 2**31 - 1)
-times = st.datetimes(datetime(1900, 1, 1), datetime(2999, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+times = st.datetimes(datetime(1970, 1, 1), datetime(9999, 12, 30), timezones=st.just(UTC))  # noqa: DTZ001
 
 jobs = st.fixed_dictionaries(
     {

@@ -21,7 +21,7 @@ import psycopg
 
 from procrastinate_stalled import install
 from tests.chaos.adversary import FAULTS, inflict, schedule
-from tests.chaos.oracle import Event, Evidence, Life, Rescue, Verdict, judge, read_diary
+from tests.chaos.oracle import Event, Evidence, Life, Rescue, Verdict, judge, read_beats, read_diary
 from tests.chaos.world import DATABASE, HEARTBEAT_TIMEOUT, OUTAGE_GRACE, RUN_TIMEOUT, SETTINGS, World, run_in_threads
 from tests.server import PROJECT, install_procrastinate, streaming_standby, throwaway_server
 
@@ -33,7 +33,7 @@ SEQUENCES = {
     "procrastinate_stalled.sweeps": "procrastinate_stalled.sweeps_id_seq",
 }
 
-# Who deletes a job deletes its events too, but not these.
+# Who deletes a job deletes its events too, but not these. And the loss of a worker has no event.
 KEEP_EVENTS: LiteralString = """
     CREATE TABLE kept_events (job_id bigint, type text, at timestamp with time zone);
     CREATE FUNCTION keep_event() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
@@ -43,6 +43,15 @@ KEEP_EVENTS: LiteralString = """
     END;
     $$;
     CREATE TRIGGER keep AFTER INSERT ON procrastinate_events FOR EACH ROW EXECUTE FUNCTION keep_event();
+    CREATE FUNCTION keep_loss() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
+    BEGIN
+        INSERT INTO kept_events VALUES (new.id, 'lost its worker', now());
+        RETURN NULL;
+    END;
+    $$;
+    CREATE TRIGGER keep AFTER UPDATE ON procrastinate_jobs
+        FOR EACH ROW WHEN (new.status = 'doing' AND old.worker_id IS NOT NULL AND new.worker_id IS NULL)
+        EXECUTE FUNCTION keep_loss();
     """
 
 
@@ -134,12 +143,13 @@ def run(world: World, seconds: float) -> None:
 
 def _judge(world: World) -> Verdict:
     now = time.time()
-    lives = [Life(life.number, life.ended_at or now, life.frozen) for life in world.lives]
+    lives = [Life(life.number, life.ended_at or now, life.frozen, [*read_beats(life.diary)]) for life in world.lives]
     swept = world.query(
         "SELECT sum(retried)::integer, sum(failed)::integer, sum(aborted)::integer FROM procrastinate_stalled.sweeps"
     )
     evidence = Evidence(
         heartbeat_timeout=HEARTBEAT_TIMEOUT,
+        run_timeout=RUN_TIMEOUT,
         deferred=world.deferred,
         runs=[run for life, own in zip(world.lives, lives, strict=True) for run in read_diary(life.diary, own)],
         statuses=dict(world.query("SELECT id, status::text FROM procrastinate_jobs")),

@@ -4,6 +4,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ class Life:
     number: int
     ended_at: float
     frozen: Sequence[tuple[float, float]] = ()
+    beats: Sequence[tuple[float, float]] = ()
+    """From when to when it told the database that it lives, each time that this was confirmed."""
 
     def frozen_between(self, begin: float, end: float) -> float:
         """For how many seconds of that time it was frozen."""
@@ -63,7 +66,7 @@ class Rescue:
 
 @dataclass(frozen=True)
 class Event:
-    """A row of `procrastinate_events`, of jobs too that have been deleted since."""
+    """A row of `procrastinate_events`, of jobs too that have been deleted since; or the loss of a worker."""
 
     job: int
     type: str
@@ -75,7 +78,8 @@ class Evidence:
     """All that the oracle judges."""
 
     heartbeat_timeout: float
-    """Seconds."""
+    """Seconds, as is:"""
+    run_timeout: float
     deferred: Sequence[int]
     """The ids that the application got."""
     runs: Sequence[Run]
@@ -97,19 +101,34 @@ class Verdict:
     figures: Counter[str] = field(default_factory=Counter)
 
 
+def read_beats(path: Path) -> Iterator[tuple[float, float]]:
+    """Read from the diary of a worker from when to when it told the database that it lives."""
+    began = 0.0
+    for line in _lines(path):
+        if line["what"] == "beating":
+            began = line["at"]
+        elif line["what"] == "beat":
+            yield began, line["at"]
+
+
 def read_diary(path: Path, life: Life) -> Iterator[Run]:
-    """Read the runs in the diary of a worker. Its last line may have been cut off by its death."""
+    """Read the runs in the diary of a worker."""
     runs: dict[int, Run] = {}
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in _lines(path):
         if line["what"] == "started":
             run = runs[line["job"]] = Run(life, line["job"], line["attempts"], line["lock"], line["at"])
             yield run
         elif "job" in line:
             _note(runs[line["job"]], line)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a diary. Its last line may have been cut off by the death of who wrote it."""
+    for text in path.read_text().splitlines():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            continue
 
 
 def _note(run: Run, line: dict[str, Any]) -> None:
@@ -132,6 +151,7 @@ def judge(evidence: Evidence) -> Verdict:
         runs[run.job].append(run)
     _judge_ends(evidence, runs, verdict)
     _judge_rescues(evidence, runs, verdict)
+    _judge_patience(evidence, runs, verdict)
     _judge_ledger(evidence, runs, verdict)
     _judge_overlaps(evidence, runs, verdict)
     return verdict
@@ -170,6 +190,26 @@ def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verd
                 _blame(evidence, verdict, text, "rescued while its worker told of its end", [run], rescue.at)
             elif run.ended is not None:
                 verdict.figures["rescues of runs that had ended, which the database was never told"] += 1
+
+
+def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
+    """No rescue comes before its time, be its worker dead or alive."""
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for event in evidence.events:
+        times[event.job, event.type].append(event.at)
+    for rescue in evidence.rescues:
+        patience, earliest = evidence.heartbeat_timeout, inf
+        match rescue.reason:
+            case "heartbeat":
+                lives = [run.life for run in runs[rescue.job] if run.attempts == rescue.attempts]
+                earliest = -inf  # it may have died before its first one
+                since = [began for life in lives for began, confirmed in life.beats if confirmed < rescue.at]
+            case "orphaned":
+                since = times[rescue.job, "lost its worker"]
+            case _:
+                since, patience = times[rescue.job, "started"], evidence.run_timeout
+        if rescue.at < max((at for at in since if at < rescue.at), default=earliest) + patience:
+            verdict.violations.append(f"{rescue} came too soon: {_story(runs[rescue.job])}")
 
 
 def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:

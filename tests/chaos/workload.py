@@ -53,6 +53,7 @@ class DiaryKeeper(JobManager):
         return worker_id
 
     async def update_heartbeat(self, worker_id: int) -> None:
+        note("beating")
         await super().update_heartbeat(worker_id)
         note("beat")
 
