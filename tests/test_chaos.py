@@ -1,5 +1,7 @@
-"""The schedule of a chaos run is that of its seed, and its oracle sees what it looks for."""
+"""The schedule of a chaos run is that of its seed, its oracle sees what it looks for, and a short run finds nothing."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -7,6 +9,7 @@ import pytest
 
 from tests.chaos.adversary import FAULTS, schedule
 from tests.chaos.oracle import Event, Evidence, Life, Rescue, Run, judge
+from tests.server import PROJECT
 
 LIVING = Life(1, ended_at=1000)
 KILLED = Life(2, ended_at=102, beats=[(101, 101.1)])
@@ -106,3 +109,12 @@ def test_who_was_frozen_for_a_moment_is_not_excused() -> None:
     life = replace(FROZEN, frozen=[(101, 104)])
 
     assert len(judge(replace(GOOD, runs=[replace(LOST, life=life, ended=115.5), RETRY])).violations) == 2
+
+
+def test_in_a_minute_of_chaos_nothing_is_violated() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", "--minutes", "1"], cwd=PROJECT, check=False, capture_output=True, text=True
+    )
+
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("\nViolations: 0\n")
