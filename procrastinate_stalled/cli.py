@@ -432,7 +432,7 @@ def sweep(
             f"{row['waiting']} left for a later sweep."
         )
     if row is not None and row["error"] is not None:
-        _complain("Warning", f"a job could not be rescued: {row['error']}")
+        _complain("Warning", f"not all jobs could be rescued: {row['error']}")
         return WARNING
     return OK
 

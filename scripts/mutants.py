@@ -316,7 +316,7 @@ MUTANTS = [
     Mutant(
         "Full disk: it ends a sweep, which would try each job in vain",
         SWEEP,
-        "        disk_is_full := SQLSTATE = '53100';\n",
+        "        disk_is_full := found_no_room >= 100;\n",
         "",
         "resource_limits",
     ),
@@ -330,8 +330,15 @@ MUTANTS = [
     Mutant(
         "Full disk: no other error ends a sweep",
         SWEEP,
-        "        disk_is_full := SQLSTATE = '53100';\n",
-        "        disk_is_full := true;\n",
+        "CASE SQLSTATE WHEN '53100' THEN found_no_room + 1 ELSE 0 END",
+        "found_no_room + 1",
+        "resource_limits",
+    ),
+    Mutant(
+        "Full disk: that of some jobs alone does not end a sweep",
+        SWEEP,
+        "found_no_room >= 100",
+        "found_no_room >= 1",
         "resource_limits",
     ),
     Mutant(

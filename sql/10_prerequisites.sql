@@ -382,6 +382,7 @@ BEGIN
             DETAIL = format('Their owner is %s.', owners),
             HINT = 'Nothing was changed. Call it as the owner, or as a superuser.';
     END IF;
+    PERFORM procrastinate_stalled._require_writable();
 
     FOR routine IN
         SELECT oid::regprocedure
@@ -402,4 +403,4 @@ restored in which this product is an extension. The install finds the schema by 
 Argument:
   schema  the name of the schema, as pg_namespace has it (upper and lower case count)
 Errors, after which nothing is changed: invalid_schema_name (it has not all of procrastinate_jobs, procrastinate_workers and
-procrastinate_events), insufficient_privilege (only the owner may call it).$$;
+procrastinate_events), insufficient_privilege (only the owner may call it), read_only_sql_transaction.$$;

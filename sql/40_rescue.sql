@@ -263,14 +263,14 @@ DECLARE
     retry_at_is_in_range boolean;
     violated_constraint text;
 BEGIN
-    -- Python, which the workers are written in, knows no other times.
+    -- As rules.expires_at: in any time zone these are times that Python, and so a worker, can read.
     retry_at_is_in_range := retry_at >= '1970-01-01 00:00+00' AND retry_at < '9999-12-31 00:00+00';
     IF job_id IS NULL OR NOT retry_at_is_in_range OR length(queue) NOT BETWEEN 1 AND 128 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = CASE
                 WHEN job_id IS NULL THEN 'job_id must not be NULL'
-                WHEN NOT retry_at_is_in_range THEN 'retry_at must be a time from 1970 to 9999'
+                WHEN NOT retry_at_is_in_range THEN 'retry_at must be a time from 1970 to 9999-12-30'
                 ELSE 'queue must have 1 to 128 characters'
             END,
             DETAIL = format('job_id is %s, retry_at is %s, queue has %s characters.',

@@ -131,6 +131,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     seconds_since_heartbeat interval,
     nb_seconds interval,
     job_ids bigint[],
+    INOUT found_no_room integer,
     OUT rescue_ids bigint[],
     OUT one_by_one boolean,
     OUT disk_is_full boolean
@@ -156,7 +157,9 @@ BEGIN
         END IF;
         -- What a deferred job with the same queueing lock causes is no error: the job has lost its turn.
         GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
-        disk_is_full := SQLSTATE = '53100';
+        -- Not each of a million jobs, at 2 ms each. Some may have met another disk, by a trigger of the user's.
+        found_no_room := CASE SQLSTATE WHEN '53100' THEN found_no_room + 1 ELSE 0 END;
+        disk_is_full := found_no_room >= 100;
         IF SQLSTATE <> '55P03' AND violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
             UPDATE procrastinate_stalled.sweeps
                 -- The first one, or the one that ends the sweep.
@@ -170,6 +173,7 @@ BEGIN
         RETURN;
     END;
 
+    found_no_room := 0;
     rescue_ids := rescue.rescue_ids;
     IF rescue_ids <> '{}' THEN
         UPDATE procrastinate_stalled.sweeps
@@ -181,8 +185,8 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
-    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. disk_is_full asks to end the sweep: the other jobs need room too.';
+COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[], integer) IS
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. found_no_room counts the jobs in a row that failed alone because a disk was full; after a hundred of them disk_is_full asks to end the sweep.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
@@ -266,6 +270,7 @@ DECLARE
     suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
+    found_no_room integer := 0;
     disk_is_full boolean;
     job_id bigint;
 BEGIN
@@ -287,15 +292,19 @@ BEGIN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-        SELECT rescued.one_by_one, rescued.disk_is_full
-            INTO one_by_one, disk_is_full
-            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch) AS rescued;
+        SELECT rescued.one_by_one, rescued.found_no_room, rescued.disk_is_full
+            INTO one_by_one, found_no_room, disk_is_full
+            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch, found_no_room) AS rescued;
         COMMIT;
         EXIT batches WHEN disk_is_full;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
                 PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-                disk_is_full := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id])).disk_is_full;
+                SELECT rescued.found_no_room, rescued.disk_is_full
+                    INTO found_no_room, disk_is_full
+                    FROM procrastinate_stalled._rescue_batch(
+                        sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id], found_no_room
+                    ) AS rescued;
                 COMMIT;
                 EXIT batches WHEN disk_is_full;
             END LOOP;
@@ -317,7 +326,8 @@ Argument:
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
 a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
-A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does.$$;
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does, after a hundred
+jobs in a row.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -340,6 +350,7 @@ DECLARE
     sweep record;
     batch bigint[];
     result record;
+    found_no_room integer := 0;
     single bigint;
     done integer := 0;
 BEGIN
@@ -395,16 +406,20 @@ BEGIN
         EXIT WHEN done >= max_jobs;
         batch := batch[1:coalesce(max_jobs - done, cardinality(batch))];
         result := procrastinate_stalled._rescue_batch(
-            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
+            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch,
+            found_no_room
         );
+        found_no_room := result.found_no_room;
         RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
         done := done + coalesce(cardinality(result.rescue_ids), 0);
         EXIT batches WHEN result.disk_is_full;
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
-                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
+                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single],
+                    found_no_room
                 );
+                found_no_room := result.found_no_room;
                 RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
                 done := done + coalesce(cardinality(result.rescue_ids), 0);
                 EXIT batches WHEN result.disk_is_full;
@@ -429,7 +444,8 @@ Arguments, all optional:
   max_jobs                 at most so many, lowest id first
   dry_run                  write nothing, return what would be done (id NULL)
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
-that no rule matches, is not touched.
+that no rule matches, is not touched. A job that cannot be rescued does not stop it; a full disk does, after a hundred
+jobs in a row: see sweeps.waiting and sweeps.error.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
 or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
 read_only_sql_transaction.$$;

@@ -235,7 +235,10 @@ BEGIN
         ELSIF last_sweep.error IS NOT NULL THEN
             level := 'warning';
             detail := last_sweep.error;
-            hint := 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.';
+            hint := CASE
+                WHEN last_sweep.error LIKE '%(53100)' THEN 'Make room on that disk. The sweep may have ended there; the next one goes on.'
+                ELSE 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.'
+            END;
         ELSE
             level := 'ok';
             detail := format('%s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));

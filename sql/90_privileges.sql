@@ -181,6 +181,7 @@ BEGIN
             DETAIL = format('It lacks the right to grant %s privileges, such as %s.', lacking.number, lacking.example),
             HINT = format('Nothing was granted. Call it as the owner of these objects (%s); if there are several, as a role that is a member of each; or as a superuser.', lacking.owners);
     END IF;
+    PERFORM procrastinate_stalled._require_writable();
 
     FOR missing IN
         SELECT *
@@ -196,7 +197,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._grant(text, boolean) IS
-    'Grants a role the privileges of _privileges(), all or none. Raises undefined_object or insufficient_privilege.';
+    'Grants a role the privileges of _privileges(), all or none. Raises undefined_object, insufficient_privilege or read_only_sql_transaction.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_monitor(
@@ -220,7 +221,7 @@ Argument:
   role  the name of an existing role, as pg_roles has it (upper and lower case count)
 Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
 Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
-it; the HINT says who may).$$;
+it; the HINT says who may), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_operator(
@@ -245,7 +246,7 @@ Argument:
   role  the name of an existing role, as pg_roles has it (upper and lower case count)
 Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
 Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
-it; the HINT says who may).$$;
+it; the HINT says who may), read_only_sql_transaction.$$;
 
 
 -- Default privileges may have given PUBLIC more than PostgreSQL does.

@@ -113,7 +113,11 @@ def test_who_was_frozen_for_a_moment_is_not_excused() -> None:
 
 def test_in_a_minute_of_chaos_nothing_is_violated() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", "--minutes", "1"], cwd=PROJECT, check=False, capture_output=True, text=True
+        [sys.executable, "-m", "tests.chaos", "--minutes", "1"],
+        cwd=PROJECT,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
     assert run.returncode == 0, run.stdout + run.stderr

@@ -87,9 +87,9 @@ CALLS: dict[str, LiteralString] = {
             )
     """,
     "_rescue_batch": """
-        SELECT one_by_one, disk_is_full
+        SELECT one_by_one, found_no_room, disk_is_full
             FROM procrastinate_stalled._rescue_batch(
-                1, NULL, NULL, NULL, NULL, ARRAY(SELECT id FROM tasks.procrastinate_jobs)
+                1, NULL, NULL, NULL, NULL, ARRAY(SELECT id FROM tasks.procrastinate_jobs), 0
             )
     """,
     "_seconds": "SELECT procrastinate_stalled._seconds('nb_seconds', 5)",

@@ -264,22 +264,22 @@ def test_a_job_whose_queueing_lock_another_one_has_is_refused(transaction: Conne
         ("NULL", "job_id must not be NULL", "job_id is NULL, retry_at is NULL, queue has no characters."),
         (
             "{job}, retry_at => 'infinity'",
-            "retry_at must be a time from 1970 to 9999",
+            "retry_at must be a time from 1970 to 9999-12-30",
             "job_id is {job}, retry_at is infinity, queue has no characters.",
         ),
         (
             "{job}, retry_at => '-infinity'",
-            "retry_at must be a time from 1970 to 9999",
+            "retry_at must be a time from 1970 to 9999-12-30",
             "job_id is {job}, retry_at is -infinity, queue has no characters.",
         ),
         (
             "{job}, retry_at => '1969-12-31 23:59:59+00'",
-            "retry_at must be a time from 1970 to 9999",
+            "retry_at must be a time from 1970 to 9999-12-30",
             "job_id is {job}, retry_at is 1969-12-31 23:59:59+00, queue has no characters.",
         ),
         (
             "{job}, retry_at => '9999-12-31 00:00+00'",
-            "retry_at must be a time from 1970 to 9999",
+            "retry_at must be a time from 1970 to 9999-12-30",
             "job_id is {job}, retry_at is 9999-12-31 00:00:00+00, queue has no characters.",
         ),
         (

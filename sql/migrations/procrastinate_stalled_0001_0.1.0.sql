@@ -382,6 +382,7 @@ BEGIN
             DETAIL = format('Their owner is %s.', owners),
             HINT = 'Nothing was changed. Call it as the owner, or as a superuser.';
     END IF;
+    PERFORM procrastinate_stalled._require_writable();
 
     FOR routine IN
         SELECT oid::regprocedure
@@ -402,7 +403,7 @@ restored in which this product is an extension. The install finds the schema by 
 Argument:
   schema  the name of the schema, as pg_namespace has it (upper and lower case count)
 Errors, after which nothing is changed: invalid_schema_name (it has not all of procrastinate_jobs, procrastinate_workers and
-procrastinate_events), insufficient_privilege (only the owner may call it).$$;
+procrastinate_events), insufficient_privilege (only the owner may call it), read_only_sql_transaction.$$;
 -- What the user sets, and what was done.
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.rules (
@@ -615,7 +616,7 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled w
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from then on to be heard too.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker when it started; 0: there was none. A worker that is newer tells nothing of the silent ones.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every job that can be rescued was rescued all the same.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every other job was rescued all the same. Or that of the full disk (53100) which ended the sweep.';
 
 
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.orphans (
@@ -2044,14 +2045,14 @@ DECLARE
     retry_at_is_in_range boolean;
     violated_constraint text;
 BEGIN
-    -- Python, which the workers are written in, knows no other times.
+    -- As rules.expires_at: in any time zone these are times that Python, and so a worker, can read.
     retry_at_is_in_range := retry_at >= '1970-01-01 00:00+00' AND retry_at < '9999-12-31 00:00+00';
     IF job_id IS NULL OR NOT retry_at_is_in_range OR length(queue) NOT BETWEEN 1 AND 128 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = CASE
                 WHEN job_id IS NULL THEN 'job_id must not be NULL'
-                WHEN NOT retry_at_is_in_range THEN 'retry_at must be a time from 1970 to 9999'
+                WHEN NOT retry_at_is_in_range THEN 'retry_at must be a time from 1970 to 9999-12-30'
                 ELSE 'queue must have 1 to 128 characters'
             END,
             DETAIL = format('job_id is %s, retry_at is %s, queue has %s characters.',
@@ -2292,6 +2293,7 @@ CREATE OR REPLACE FUNCTION procrastinate_stalled._rescue_batch(
     seconds_since_heartbeat interval,
     nb_seconds interval,
     job_ids bigint[],
+    INOUT found_no_room integer,
     OUT rescue_ids bigint[],
     OUT one_by_one boolean,
     OUT disk_is_full boolean
@@ -2317,7 +2319,9 @@ BEGIN
         END IF;
         -- What a deferred job with the same queueing lock causes is no error: the job has lost its turn.
         GET STACKED DIAGNOSTICS violated_constraint = CONSTRAINT_NAME;
-        disk_is_full := SQLSTATE = '53100';
+        -- Not each of a million jobs, at 2 ms each. Some may have met another disk, by a trigger of the user's.
+        found_no_room := CASE SQLSTATE WHEN '53100' THEN found_no_room + 1 ELSE 0 END;
+        disk_is_full := found_no_room >= 100;
         IF SQLSTATE <> '55P03' AND violated_constraint <> 'procrastinate_jobs_queueing_lock_idx_v1' THEN
             UPDATE procrastinate_stalled.sweeps
                 -- The first one, or the one that ends the sweep.
@@ -2331,6 +2335,7 @@ BEGIN
         RETURN;
     END;
 
+    found_no_room := 0;
     rescue_ids := rescue.rescue_ids;
     IF rescue_ids <> '{}' THEN
         UPDATE procrastinate_stalled.sweeps
@@ -2342,8 +2347,8 @@ BEGIN
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[]) IS
-    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. disk_is_full asks to end the sweep: the other jobs need room too.';
+COMMENT ON FUNCTION procrastinate_stalled._rescue_batch(bigint, text, text, interval, interval, bigint[], integer) IS
+    'Rescues the given jobs and counts them in the row of the sweep. Never raises for the sake of one job (for that of the table, it does): one_by_one asks the caller to come again with each job alone, because the batch as a whole failed; a job that fails alone stays as it is. found_no_room counts the jobs in a row that failed alone because a disk was full; after a hundred of them disk_is_full asks to end the sweep.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._end_sweep(
@@ -2427,6 +2432,7 @@ DECLARE
     suspect_ids bigint[];
     batch bigint[];
     one_by_one boolean;
+    found_no_room integer := 0;
     disk_is_full boolean;
     job_id bigint;
 BEGIN
@@ -2448,15 +2454,19 @@ BEGIN
         SELECT batches.batch FROM procrastinate_stalled._batches(suspect_ids, batch_size) AS batches
     LOOP
         PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-        SELECT rescued.one_by_one, rescued.disk_is_full
-            INTO one_by_one, disk_is_full
-            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch) AS rescued;
+        SELECT rescued.one_by_one, rescued.found_no_room, rescued.disk_is_full
+            INTO one_by_one, found_no_room, disk_is_full
+            FROM procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, batch, found_no_room) AS rescued;
         COMMIT;
         EXIT batches WHEN disk_is_full;
         IF one_by_one THEN
             FOREACH job_id IN ARRAY batch LOOP
                 PERFORM pg_catalog.set_config('synchronous_commit', 'off', true);
-                disk_is_full := (procrastinate_stalled._rescue_batch(sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id])).disk_is_full;
+                SELECT rescued.found_no_room, rescued.disk_is_full
+                    INTO found_no_room, disk_is_full
+                    FROM procrastinate_stalled._rescue_batch(
+                        sweep_id, NULL, NULL, NULL, NULL, ARRAY[job_id], found_no_room
+                    ) AS rescued;
                 COMMIT;
                 EXIT batches WHEN disk_is_full;
             END LOOP;
@@ -2478,7 +2488,8 @@ Argument:
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
 a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
-A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does.$$;
+A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does, after a hundred
+jobs in a row.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.retry_stalled_jobs(
@@ -2501,6 +2512,7 @@ DECLARE
     sweep record;
     batch bigint[];
     result record;
+    found_no_room integer := 0;
     single bigint;
     done integer := 0;
 BEGIN
@@ -2556,16 +2568,20 @@ BEGIN
         EXIT WHEN done >= max_jobs;
         batch := batch[1:coalesce(max_jobs - done, cardinality(batch))];
         result := procrastinate_stalled._rescue_batch(
-            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch
+            sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, batch,
+            found_no_room
         );
+        found_no_room := result.found_no_room;
         RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids) ORDER BY id;
         done := done + coalesce(cardinality(result.rescue_ids), 0);
         EXIT batches WHEN result.disk_is_full;
         IF result.one_by_one THEN
             FOREACH single IN ARRAY batch LOOP
                 result := procrastinate_stalled._rescue_batch(
-                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single]
+                    sweep.sweep_id, retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time, ARRAY[single],
+                    found_no_room
                 );
+                found_no_room := result.found_no_room;
                 RETURN QUERY SELECT * FROM procrastinate_stalled.rescues WHERE id = ANY (result.rescue_ids);
                 done := done + coalesce(cardinality(result.rescue_ids), 0);
                 EXIT batches WHEN result.disk_is_full;
@@ -2590,7 +2606,8 @@ Arguments, all optional:
   max_jobs                 at most so many, lowest id first
   dry_run                  write nothing, return what would be done (id NULL)
 Returns the rows of rescues that it wrote. With seconds too, the rules choose the action: a job whose rule is ignore, or
-that no rule matches, is not touched.
+that no rule matches, is not touched. A job that cannot be rescued does not stop it; a full disk does, after a hundred
+jobs in a row: see sweeps.waiting and sweeps.error.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
 or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
 read_only_sql_transaction.$$;
@@ -3488,7 +3505,10 @@ BEGIN
         ELSIF last_sweep.error IS NOT NULL THEN
             level := 'warning';
             detail := last_sweep.error;
-            hint := 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.';
+            hint := CASE
+                WHEN last_sweep.error LIKE '%(53100)' THEN 'Make room on that disk. The sweep may have ended there; the next one goes on.'
+                ELSE 'Every job that can be rescued was rescued all the same. Remove the cause; each sweep tries the others again.'
+            END;
         ELSE
             level := 'ok';
             detail := format('%s, %s ago', last_sweep.started_at, procrastinate_stalled._in_words(last_sweep.age));
@@ -3899,6 +3919,7 @@ BEGIN
             DETAIL = format('It lacks the right to grant %s privileges, such as %s.', lacking.number, lacking.example),
             HINT = format('Nothing was granted. Call it as the owner of these objects (%s); if there are several, as a role that is a member of each; or as a superuser.', lacking.owners);
     END IF;
+    PERFORM procrastinate_stalled._require_writable();
 
     FOR missing IN
         SELECT *
@@ -3914,7 +3935,7 @@ END;
 $$;
 
 COMMENT ON FUNCTION procrastinate_stalled._grant(text, boolean) IS
-    'Grants a role the privileges of _privileges(), all or none. Raises undefined_object or insufficient_privilege.';
+    'Grants a role the privileges of _privileges(), all or none. Raises undefined_object, insufficient_privilege or read_only_sql_transaction.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_monitor(
@@ -3938,7 +3959,7 @@ Argument:
   role  the name of an existing role, as pg_roles has it (upper and lower case count)
 Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
 Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
-it; the HINT says who may).$$;
+it; the HINT says who may), read_only_sql_transaction.$$;
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled.grant_operator(
@@ -3963,7 +3984,7 @@ Argument:
   role  the name of an existing role, as pg_roles has it (upper and lower case count)
 Call it as the owner of procrastinate_stalled and of Procrastinate's tables.
 Errors, after which nothing is granted: undefined_object (no such role), insufficient_privilege (the caller may not grant
-it; the HINT says who may).$$;
+it; the HINT says who may), read_only_sql_transaction.$$;
 
 
 -- Default privileges may have given PUBLIC more than PostgreSQL does.
