@@ -26,7 +26,7 @@ EXAMPLES = 25
 """Of a test below, or some times as many."""
 
 
-def with_examples(times: int = 1) -> settings:
+def the_same_examples(times: int = 1) -> settings:
     """Always the same examples, so that a change is to blame for a failure, and not luck."""
     return settings(
         max_examples=times * EXAMPLES,
@@ -305,7 +305,7 @@ def test_there_are_values_of_every_type_to_try(transaction: Connection) -> None:
     assert {kind for by_name in types for kind in by_name.values()} == SPECIAL.keys() == RANDOM.keys()
 
 
-@with_examples()
+@the_same_examples()
 @given(st.data())
 def test_no_function_has_an_internal_error_or_changes_a_job_without_saying_so(
     transaction: Connection, data: st.DataObject
@@ -359,7 +359,7 @@ def is_dry_run(connection: Connection, values: Given) -> bool:
         return False
 
 
-@with_examples()
+@the_same_examples()
 @given(values_of("integer"))
 def test_a_sweep_takes_or_refuses_any_batch_size(connection: Connection, batch_size: str | None) -> None:
     assert public_functions(connection, "p") == {"sweep": {"batch_size": "integer"}}
@@ -380,7 +380,7 @@ def test_a_sweep_takes_or_refuses_any_batch_size(connection: Connection, batch_s
         check_readers(connection)
 
 
-@with_examples(2)
+@the_same_examples(2)
 @given(st.data())
 def test_a_rule_is_refused_by_name_or_understood_by_every_reader(transaction: Connection, data: st.DataObject) -> None:
     types = columns(transaction, "rules")
@@ -391,7 +391,7 @@ def test_a_rule_is_refused_by_name_or_understood_by_every_reader(transaction: Co
             event("accepted")  # pytest --hypothesis-show-statistics tells how many are
 
 
-@with_examples()
+@the_same_examples()
 @given(st.data())
 def test_a_setting_is_refused_by_name_or_understood_by_every_reader(
     transaction: Connection, data: st.DataObject
@@ -495,7 +495,7 @@ def test_no_text_of_a_rule_or_a_job_is_ever_run_as_sql(transaction: Connection, 
     check_readers(transaction)
 
 
-@with_examples()
+@the_same_examples()
 @given(TEXTS | TEXTS.map("* * * * *".__add__))
 def test_pg_cron_gets_our_command_alone_whatever_the_schedule(cron_database: str, schedule: str) -> None:
     check_schedule(cron_database, schedule)
@@ -607,7 +607,7 @@ def reset(connection: Connection) -> None:
     add_jobs(connection)
 
 
-@with_examples()
+@the_same_examples()
 @given(st.data())
 def test_the_command_line_ends_with_a_documented_code_and_no_traceback(
     connection: Connection, database: str, capsys: pytest.CaptureFixture[str], data: st.DataObject

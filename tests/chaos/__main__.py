@@ -21,7 +21,7 @@ import psycopg
 
 from procrastinate_stalled import install
 from tests.chaos.adversary import FAULTS, inflict, schedule
-from tests.chaos.oracle import Event, Evidence, Life, Rescue, Verdict, judge, read_beats, read_diary
+from tests.chaos.oracle import Event, Evidence, Rescue, Verdict, judge, read_diary, read_life
 from tests.chaos.world import DATABASE, HEARTBEAT_TIMEOUT, OUTAGE_GRACE, RUN_TIMEOUT, SETTINGS, World, run_in_threads
 from tests.server import PROJECT, install_procrastinate, streaming_standby, throwaway_server
 
@@ -143,7 +143,7 @@ def run(world: World, seconds: float) -> None:
 
 def _judge(world: World) -> Verdict:
     now = time.time()
-    lives = [Life(life.number, life.ended_at or now, life.frozen, [*read_beats(life.diary)]) for life in world.lives]
+    lives = [read_life(life.diary, life.number, life.ended_at or now, life.frozen) for life in world.lives]
     swept = world.query(
         "SELECT sum(retried)::integer, sum(failed)::integer, sum(aborted)::integer FROM procrastinate_stalled.sweeps"
     )
@@ -151,13 +151,15 @@ def _judge(world: World) -> Verdict:
         heartbeat_timeout=HEARTBEAT_TIMEOUT,
         run_timeout=RUN_TIMEOUT,
         deferred=world.deferred,
+        lives=lives,
         runs=[run for life, own in zip(world.lives, lives, strict=True) for run in read_diary(life.diary, own)],
         statuses=dict(world.query("SELECT id, status::text FROM procrastinate_jobs")),
         rescues=[
             Rescue(*row)
             for row in world.query(
                 """
-                SELECT job_id, extract(epoch FROM rescued_at)::double precision, action, reason, attempts
+                SELECT job_id, extract(epoch FROM rescued_at)::double precision, action, reason, attempts, worker_id,
+                       queue_name, task_name
                 FROM procrastinate_stalled.rescues
                 ORDER BY id
                 """
@@ -167,6 +169,7 @@ def _judge(world: World) -> Verdict:
             Event(*row)
             for row in world.query("SELECT job_id, type, extract(epoch FROM at)::double precision FROM kept_events")
         ],
+        pauses=world.pauses,
         swept=Counter(dict(zip(("retried", "failed", "aborted"), *swept, strict=True))),
     )
     verdict = judge(evidence)
@@ -179,6 +182,7 @@ def _judge(world: World) -> Verdict:
         if world.value(f"SELECT coalesce(max(id), 0) > (SELECT last_value FROM {sequence}) FROM {table}"):
             verdict.violations.append(f"sequence {sequence} is behind its table")
     _judge_promotion(world, verdict)
+    _judge_pg_cron(world, verdict)
     _judge_deadlocks(world, verdict)
     verdict.figures.update(f"rescues: {rescue.action}, {rescue.reason}" for rescue in evidence.rescues)
     return verdict
@@ -196,6 +200,19 @@ def _judge_promotion(world: World, verdict: Verdict) -> None:
     verdict.figures["sweeps by pg_cron after the promotion"] += runs
     if runs == 0 and time.time() - world.promoted_at > 150:  # one full minute may have met another fault
         verdict.violations.append("pg_cron has not swept since the promotion")
+
+
+def _judge_pg_cron(world: World, verdict: Verdict) -> None:
+    """What pg_cron started was ended by the adversary, or not at all."""
+    for (message,) in world.query(
+        r"""
+        SELECT split_part(return_message, E'\n', 1)
+        FROM cron.job_run_details
+        WHERE status = 'failed' AND return_message LIKE 'ERROR:%%'
+            AND return_message !~ '^ERROR:\s+(canceling statement due to user request|the table \S+ is locked)'
+        """
+    ):
+        verdict.violations.append(f"a sweep by pg_cron failed: {message}")
 
 
 def _judge_deadlocks(world: World, verdict: Verdict) -> None:

@@ -5,11 +5,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any, LiteralString
 
 import psycopg
 
+from tests.chaos.oracle import Pause
 from tests.chaos.workload import QUEUES
 from tests.chaos.world import HEARTBEAT_TIMEOUT, SWEEP, World
 from tests.wait import wait_until
@@ -96,6 +98,7 @@ def promote(world: World, _random: Random) -> None:
     with world.server_lock, world.rules_lock:
         rules = world.query("SELECT * FROM procrastinate_stalled.rules ORDER BY name")
         orphans = world.query("SELECT job_id, attempts, seen_at FROM procrastinate_stalled.orphans")
+        wait_until(partial(_standby_follows, world), "the standby receives what the primary writes")
         world.primary.stop("fast")
         standby.promote()
         world.primary = standby
@@ -107,6 +110,10 @@ def promote(world: World, _random: Random) -> None:
         for orphan in world.query("SELECT job_id, attempts, seen_at FROM procrastinate_stalled.orphans"):
             if orphan not in orphans and orphan[:2] in {before[:2] for before in orphans}:
                 world.errors.append(f"the promotion changed when orphan {orphan} was seen")
+
+
+def _standby_follows(world: World) -> bool:
+    return bool(world.value("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"))
 
 
 def sweep_on_standby(world: World, _random: Random) -> None:
@@ -183,10 +190,13 @@ def maintain(world: World, random: Random) -> None:
 
 def pause(world: World, random: Random) -> None:
     queue, task_name = random.choice([(None, None), (QUEUES[0], None), (None, "tests.chaos.workload.function")])
-    world.query("SELECT procrastinate_stalled.pause('1 minute', %s, %s, 'chaos')", queue, task_name)
-    world.draining.wait(random.uniform(1, 6))
-    wait_until(world.answers, "there is a server to end the pause")
-    world.query("SELECT procrastinate_stalled.resume(%s, %s)", queue, task_name)
+    with world.rules_lock:
+        world.query("SELECT procrastinate_stalled.pause('1 minute', %s, %s, 'chaos')", queue, task_name)
+        since = time.time()
+        world.draining.wait(random.uniform(1, 6))
+        wait_until(world.answers, "there is a server to end the pause")
+        world.pauses.append(Pause(since, time.time(), queue, task_name))
+        world.query("SELECT procrastinate_stalled.resume(%s, %s)", queue, task_name)
 
 
 RULES: list[dict[str, Any]] = [

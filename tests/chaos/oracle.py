@@ -19,6 +19,8 @@ class Life:
     number: int
     ended_at: float
     frozen: Sequence[tuple[float, float]] = ()
+    worker_id: int | None = None
+    """None: it has not lived to know it."""
     beats: Sequence[tuple[float, float]] = ()
     """From when to when it told the database that it lives, each time that this was confirmed."""
 
@@ -62,6 +64,27 @@ class Rescue:
     action: str
     reason: str
     attempts: int
+    worker_id: int | None
+    queue_name: str
+    task_name: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """From when a pause was sure to be there until it may have been ended; None stands for all queues, or tasks."""
+
+    since: float
+    until: float
+    queue_name: str | None
+    task_name: str | None
+
+    def covers(self, rescue: Rescue) -> bool:
+        """Whether the pause forbids the rescue."""
+        return (
+            self.since < rescue.at < self.until
+            and self.queue_name in {None, rescue.queue_name}
+            and self.task_name in {None, rescue.task_name}
+        )
 
 
 @dataclass(frozen=True)
@@ -82,11 +105,13 @@ class Evidence:
     run_timeout: float
     deferred: Sequence[int]
     """The ids that the application got."""
+    lives: Sequence[Life]
     runs: Sequence[Run]
     statuses: dict[int, str]
     """Of the jobs that are in the database."""
     rescues: Sequence[Rescue] = ()
     events: Sequence[Event] = ()
+    pauses: Sequence[Pause] = ()
     swept: Counter[str] = field(default_factory=Counter)
     """What the rows of `sweeps` count: retried, failed, aborted."""
 
@@ -101,25 +126,30 @@ class Verdict:
     figures: Counter[str] = field(default_factory=Counter)
 
 
-def read_beats(path: Path) -> Iterator[tuple[float, float]]:
-    """Read from the diary of a worker from when to when it told the database that it lives."""
-    began = 0.0
+def read_life(path: Path, number: int, ended_at: float, frozen: Sequence[tuple[float, float]]) -> Life:
+    """Read from the diary of a worker what it was called, and when it told the database that it lives."""
+    worker_id, began, beats = None, 0.0, []
     for line in _lines(path):
-        if line["what"] == "beating":
-            began = line["at"]
-        elif line["what"] == "beat":
-            yield began, line["at"]
+        match line["what"]:
+            case "registered":
+                worker_id = line["id"]
+            case "beating":
+                began = line["at"]
+            case "beat":
+                beats.append((began, line["at"]))
+    return Life(number, ended_at, frozen, worker_id, beats)
 
 
 def read_diary(path: Path, life: Life) -> Iterator[Run]:
     """Read the runs in the diary of a worker."""
-    runs: dict[int, Run] = {}
+    runs: dict[tuple[int, int], Run] = {}
     for line in _lines(path):
         if line["what"] == "started":
-            run = runs[line["job"]] = Run(life, line["job"], line["attempts"], line["lock"], line["at"])
+            run = Run(life, line["job"], line["attempts"], line["lock"], line["at"])
+            runs[run.job, run.attempts] = run
             yield run
         elif "job" in line:
-            _note(runs[line["job"]], line)
+            _note(runs[line["job"], line["attempts"]], line)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -165,7 +195,7 @@ def _judge_ends(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict
             verdict.ends[status] += 1
         elif status is not None:
             verdict.violations.append(f"job {job} is in {status}: {_story(runs[job])}")
-        elif any(run.deletes for run in runs[job]):
+        elif _may_be_deleted(job, runs[job], evidence.rescues):
             verdict.ends["deleted"] += 1
         else:
             verdict.violations.append(f"job {job} is lost: {_story(runs[job])}")
@@ -175,6 +205,16 @@ def _judge_ends(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict
         for attempts, times in Counter(run.attempts for run in runs[job]).items():
             if times > 1:
                 verdict.violations.append(f"attempt {attempts} of job {job} was run {times} times: {_story(runs[job])}")
+
+
+def _may_be_deleted(job: int, runs: Sequence[Run], rescues: Sequence[Rescue]) -> bool:
+    """Whether a worker deleted the job, or wanted to and did not learn what became of that."""
+    for run in runs:
+        if run.deletes and run.told is not None:
+            return True
+        if run.deletes and run.telling is not None and run is runs[-1]:
+            return not any(rescue.job == job and rescue.at > run.telling for rescue in rescues)
+    return False
 
 
 def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
@@ -197,36 +237,37 @@ def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
     for event in evidence.events:
         times[event.job, event.type].append(event.at)
+    beats = {life.worker_id: life.beats for life in evidence.lives}
     for rescue in evidence.rescues:
-        patience, earliest = evidence.heartbeat_timeout, inf
+        patience = evidence.heartbeat_timeout
         match rescue.reason:
             case "heartbeat":
-                lives = [run.life for run in runs[rescue.job] if run.attempts == rescue.attempts]
-                earliest = -inf  # it may have died before its first one
-                since = [began for life in lives for began, confirmed in life.beats if confirmed < rescue.at]
+                since = [began for began, confirmed in beats.get(rescue.worker_id, ()) if confirmed < rescue.at]
             case "orphaned":
                 since = times[rescue.job, "lost its worker"]
             case _:
                 since, patience = times[rescue.job, "started"], evidence.run_timeout
-        if rescue.at < max((at for at in since if at < rescue.at), default=earliest) + patience:
+        if rescue.at < max((at for at in since if at < rescue.at), default=inf) + patience:
             verdict.violations.append(f"{rescue} came too soon: {_story(runs[rescue.job])}")
+        if any(pause.covers(rescue) for pause in evidence.pauses):
+            verdict.violations.append(f"{rescue} came in a pause: {_story(runs[rescue.job])}")
 
 
 def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """Each rescue has its event, each change that no worker made has its rescue, and sweeps count what they did."""
     events = Counter((event.job, event.type, event.at) for event in evidence.events)
-    rescued: Counter[tuple[int, str]] = Counter()
-    for rescue in evidence.rescues:
-        rescued[rescue.job, EVENT_OF[rescue.action]] += 1
-        if events[rescue.job, EVENT_OF[rescue.action], rescue.at] != 1:
-            verdict.violations.append(f"{rescue} has no event of its own")
-    for (job, event_type), times in Counter((event.job, event.type) for event in evidence.events).items():
-        # A worker's retry of a job that is to be aborted makes it fail.
-        told = {"deferred_for_retry": ("retried",), "failed": ("failed", "retried"), "aborted": ("aborted",)}
-        by_workers = sum(run.outcome in told.get(event_type, ()) for run in runs[job])
-        if event_type in told and times > rescued[job, event_type] + by_workers:
+    ours = {(rescue.job, EVENT_OF[rescue.action], rescue.at): rescue for rescue in evidence.rescues}
+    verdict.violations += [f"{rescue} has no event of its own" for key, rescue in ours.items() if events[key] != 1]
+    # A worker's retry of a job that is to be aborted makes it fail.
+    outcomes = {"deferred_for_retry": {"retried"}, "failed": {"failed", "retried"}, "aborted": {"aborted"}}
+    for job, event_type, at in events.keys() - ours.keys():
+        told = [run for run in runs[job] if run.outcome in outcomes.get(event_type, ())]
+        by_a_worker = any(
+            run.telling <= at <= (run.told or run.life.ended_at) for run in told if run.telling is not None
+        )
+        if event_type in outcomes and not by_a_worker:
             verdict.violations.append(
-                f"job {job} has {times} events {event_type}, {rescued[job, event_type]} rescues: {_story(runs[job])}"
+                f"job {job} {event_type} at {_second(at)}, by no rescue and no worker: {_story(runs[job])}"
             )
     done = Counter(rescue.action for rescue in evidence.rescues)
     if +evidence.swept != +done:
@@ -280,7 +321,8 @@ def _blame(
     That is what no query can see (docs/operations.md): it is excused and counted.
     """
     for run in runs:
-        if run.life.frozen_between(run.started, before) > evidence.heartbeat_timeout / 2:
+        end = run.life.ended_at if run.told is None else run.told
+        if run.life.frozen_between(run.started, min(before, end)) > evidence.heartbeat_timeout / 2:
             verdict.excused[excuse] += 1
             return
     verdict.violations.append(text)

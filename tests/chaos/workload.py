@@ -48,7 +48,9 @@ class DiaryKeeper(JobManager):
     """Notes what a worker tells the database: before it does, and after the database has said that it is done."""
 
     async def register_worker(self) -> int:
+        note("beating")
         worker_id = await super().register_worker()
+        note("beat")
         note("registered", id=worker_id)
         return worker_id
 

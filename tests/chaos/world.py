@@ -24,6 +24,7 @@ from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from psycopg.conninfo import make_conninfo
 
 from tests.chaos import workload
+from tests.chaos.oracle import Pause
 from tests.server import FAST, PROJECT, Server
 from tests.wait import wait_until
 
@@ -90,6 +91,7 @@ class World:
     primary: Server
     promoted_at: float | None = None
     lives: list[WorkerLife] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
     deferred: list[int] = field(default_factory=list)
     """The ids of the jobs that the database has confirmed."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -100,6 +102,7 @@ class World:
     server_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by who makes the server go down, or another one take over."""
     rules_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held by who changes rules, pauses among them, or compares them."""
     table_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by who locks out the workers, so that such times do not add up."""
     draining: threading.Event = field(default_factory=threading.Event)
@@ -202,9 +205,10 @@ class World:
                             self.count("sweeps of the two sessions")
                         except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
                             self.count(f"sweeps ended by {type(error).__name__}")
-            except psycopg.errors.DeadlockDetected as error:
-                self.errors.append(f"{name}: {error}")
-            except psycopg.OperationalError:
+            except psycopg.OperationalError as error:
+                # No server; one that starts or stops; or who ended this session.
+                if error.sqlstate is not None and not error.sqlstate.startswith(("08", "57P")):
+                    self.errors.append(f"{name}: {error.sqlstate} {error}")
                 self.count("sweeping sessions that lost the server")
                 self.over.wait(0.1)
 
