@@ -31,6 +31,7 @@ from tests.wait import wait_until
 DATABASE = "chaos"
 # What a crash of a server must not lose, and what lets a standby follow one that crashes. The rows of pg_cron name host
 # and port of the server on which they were made, and this standby has others; background workers need neither.
+# A client that is frozen while it connects keeps a server from its recovery for `authentication_timeout`.
 SETTINGS = FAST | {
     "cron.use_background_workers": "on",
     "synchronous_commit": "on",
@@ -38,6 +39,7 @@ SETTINGS = FAST | {
     "autovacuum_naptime": "5s",
     "wal_keep_size": "1GB",
     "wal_retrieve_retry_interval": "200ms",
+    "authentication_timeout": "5s",
 }
 
 # Seconds. Procrastinate's:
