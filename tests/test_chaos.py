@@ -119,6 +119,16 @@ def test_what_a_frozen_worker_suffers_is_excused_and_counted() -> None:
     assert verdict.excused.total() == 2  # robbed, and run twice at once
 
 
+def test_who_was_frozen_before_it_knew_that_it_had_got_the_job_is_excused_too() -> None:
+    late = replace(LOST, life=FROZEN, started=115.1, ended=115.5)
+    other = replace(RETRY, ended=116)
+
+    verdict = judge(replace(GOOD, runs=[late, other]))
+
+    assert verdict.violations == []
+    assert verdict.excused == {"rescued while it ran": 1, "ran twice at once": 1}
+
+
 def test_who_was_frozen_for_a_moment_is_not_excused() -> None:
     life = replace(FROZEN, frozen=[(101, 104)])
 

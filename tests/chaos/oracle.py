@@ -48,6 +48,13 @@ class Run:
     """What it told: a status, or retried."""
     deletes: bool = False
     """Whether it told the database to delete the job."""
+    fetched: float | None = None
+    """When the database gave it the job, which is before it knew; None: as it started."""
+
+    @property
+    def began(self) -> float:
+        """When it was its worker's, by the database or by the worker itself."""
+        return self.started if self.fetched is None else min(self.fetched, self.started)
 
     @property
     def over(self) -> float:
@@ -176,8 +183,14 @@ def _note(run: Run, line: dict[str, Any]) -> None:
 def judge(evidence: Evidence) -> Verdict:
     """Judge a chaos run."""
     verdict = Verdict()
+    fetches: dict[int, list[float]] = defaultdict(list)
+    for event in sorted(evidence.events, key=lambda event: event.at):
+        if event.type == "started":
+            fetches[event.job].append(event.at)
     runs: dict[int, list[Run]] = defaultdict(list)
-    for run in sorted(evidence.runs, key=lambda run: run.started):
+    for run in evidence.runs:
+        run.fetched = next(iter(fetches[run.job][run.attempts :]), None)  # each attempt is fetched once
+    for run in sorted(evidence.runs, key=lambda run: run.began):
         runs[run.job].append(run)
     _judge_ends(evidence, runs, verdict)
     _judge_rescues(evidence, runs, verdict)
@@ -221,7 +234,7 @@ def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verd
     """No job is taken from a worker that is alive, unless that was frozen."""
     for rescue in evidence.rescues:
         for run in runs[rescue.job]:
-            if run.attempts != rescue.attempts or run.started > rescue.at:
+            if run.attempts != rescue.attempts or run.began > rescue.at:
                 continue
             text = f"{rescue} robbed a living worker: {_story(runs[rescue.job])}"
             if run.over > rescue.at:
@@ -277,7 +290,7 @@ def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdi
 def _judge_overlaps(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """No two runs of one job, or under one lock, at once, unless the first one's worker was frozen."""
     by_lock: dict[str, list[Run]] = defaultdict(list)
-    for run in sorted(evidence.runs, key=lambda run: run.started):
+    for run in sorted(evidence.runs, key=lambda run: run.began):
         if run.lock is not None:
             by_lock[run.lock].append(run)
     for lock, group in [*((None, group) for group in runs.values()), *by_lock.items()]:
@@ -290,14 +303,14 @@ def _judge_overlaps(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
             )
             excuse = "ran twice at once" if lock is None else "ran under one lock at once"
             zombies = [run for run in runs[first.job] if run is not first and _told_between(run, first, second)]
-            _blame(evidence, verdict, text, excuse, [first, *zombies], second.started)
+            _blame(evidence, verdict, text, excuse, [first, *zombies], second.began)
 
 
 def _overlaps(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
     """Pairs of runs, by their start, of which the second began before the first was over."""
     for number, first in enumerate(runs):
         for second in runs[number + 1 :]:
-            if second.started < first.over:
+            if second.began < first.over:
                 yield first, second
 
 
@@ -305,7 +318,7 @@ def _told_between(zombie: Run, first: Run, second: Run) -> bool:
     """Whether a former worker may have ended the first run in the database before the second one began."""
     if zombie.telling is None:
         return False
-    return zombie.telling < second.started and (zombie.told or zombie.life.ended_at) > first.started
+    return zombie.telling < second.began and (zombie.told or zombie.life.ended_at) > first.began
 
 
 def _blame(
@@ -322,7 +335,7 @@ def _blame(
     """
     for run in runs:
         end = run.life.ended_at if run.told is None else run.told
-        if run.life.frozen_between(run.started, min(before, end)) > evidence.heartbeat_timeout / 2:
+        if run.life.frozen_between(run.began, min(before, end)) > evidence.heartbeat_timeout / 2:
             verdict.excused[excuse] += 1
             return
     verdict.violations.append(text)
