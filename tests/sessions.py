@@ -88,6 +88,9 @@ END;
 $$;
 CREATE TRIGGER pause BEFORE UPDATE ON procrastinate_jobs
     FOR EACH ROW WHEN (OLD.task_name = 'pause' AND OLD.status = 'doing') EXECUTE FUNCTION points.before_update();
+
+-- It waits for half a second, which a busy machine may need to see that it waits.
+ALTER FUNCTION procrastinate_stalled.retry_job SET lock_timeout = '10s';
 """
 
 

@@ -42,8 +42,6 @@ def database(server: Server) -> Iterator[str]:
     with server.database("ours") as conninfo:
         with psycopg.connect(conninfo, autocommit=True) as connection:
             add_points(connection)
-            # It waits for half a second only, which a busy machine may need to notice that it waits.
-            connection.execute("ALTER FUNCTION procrastinate_stalled.retry_job SET lock_timeout = '10s'")
         yield conninfo
 
 
