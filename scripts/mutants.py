@@ -126,8 +126,8 @@ MUTANTS = [
     Mutant(
         "lock_timeout: a lock on the whole table ends the sweep, with a reason",
         SWEEP,
-        "    PERFORM procrastinate_stalled._lock_jobs_table();\n    -- A database",
-        "    -- A database",
+        "            PERFORM procrastinate_stalled._lock_tables();",
+        "            NULL;",
         "sweep adversity",
     ),
     # Queueing locks.

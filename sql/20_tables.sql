@@ -93,7 +93,7 @@ COMMENT ON COLUMN procrastinate_stalled.settings.only_row IS 'Always true: there
 COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'A worker can lose its heartbeat for good while the server is down, and still finish its jobs. So the silence of workers that were not heard of since the server last became available counts from that moment, and for at least so long. From 0 to 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence and on orphans only while some worker is alive: one was heard of within half of the rule''s heartbeat_timeout. Without one nobody could run the retried job, and a cut network looks just like that. A run_timeout is acted upon all the same.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
-COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
+COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps, but none that is younger than the longest heartbeat_timeout. From 0 to 100 years.';
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._first_rows()
     RETURNS void
@@ -208,7 +208,7 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from then on to be heard too.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from the next sweep on to be heard too.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker when it started; 0: there was none. A worker that is newer tells nothing of the silent ones.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every other job was rescued all the same. Or that of the full disk (53100) which ended the sweep.';
 
@@ -216,7 +216,7 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that ke
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.orphans (
     job_id bigint PRIMARY KEY,
     attempts integer NOT NULL,
-    seen_at timestamp with time zone NOT NULL DEFAULT now()
+    seen_at timestamp with time zone NOT NULL DEFAULT clock_timestamp()
 );
 
 COMMENT ON TABLE procrastinate_stalled.orphans IS

@@ -317,17 +317,31 @@ BEGIN
                rule.note,
                available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
                demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
-               silence.started_at AS nobody_until,
-               silence.latest_heartbeat AS nobody_since
+               silence.latest_heartbeat AS nobody_since,
+               silence.started_at AS nobody_at,
+               silence.next_started_at AS nobody_until
             FROM procrastinate_stalled.rules AS rule
             LEFT JOIN LATERAL (
                 -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it
-                -- counts when a sweep last saw nobody alive.
-                SELECT sweep.started_at, sweep.latest_heartbeat, sweep.newest_worker_id
+                -- counts which sweep last saw nobody alive, and when the next one saw somebody.
+                SELECT sweep.latest_heartbeat,
+                       sweep.newest_worker_id,
+                       sweep.started_at,
+                       coalesce((
+                           SELECT min(later.started_at)
+                               FROM procrastinate_stalled.sweeps AS later
+                               WHERE later.started_at > sweep.started_at AND later.started_at <= clock_timestamp()
+                       ), now()) AS next_started_at
                     FROM procrastinate_stalled.sweeps AS sweep
                     WHERE by_rules
                         AND demands_live_worker
-                        AND sweep.started_at >= now() - rule.heartbeat_timeout
+                        -- The last one before that too, for sweeps may be rare.
+                        AND sweep.started_at >= coalesce((
+                            SELECT max(earlier.started_at)
+                                FROM procrastinate_stalled.sweeps AS earlier
+                                WHERE earlier.started_at < now() - rule.heartbeat_timeout
+                        ), '-infinity')
+                        AND sweep.started_at <= clock_timestamp() -- of a clock that was wrong
                         AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
                     ORDER BY sweep.started_at DESC
                     LIMIT 1
@@ -373,8 +387,9 @@ BEGIN
                rule.on_duplicate,
                rule.forgiven_until AS survivors_forgiven_until,
                coalesce(rule.nobody_is_alive, demands_live_worker) AS nobody_is_alive,
-               rule.nobody_until,
                rule.nobody_since,
+               rule.nobody_at,
+               rule.nobody_until,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
                pause.note AS pause_note
@@ -439,7 +454,7 @@ BEGIN
                            -- Not for who was overdue before all fell silent.
                            CASE
                                WHEN NOT nobody_is_alive
-                                   AND silent_since < nobody_until
+                                   AND silent_since < nobody_at
                                    AND silent_since + heartbeat_timeout > coalesce(nobody_since, '-infinity')
                                    THEN nobody_until + heartbeat_timeout
                            END

@@ -219,14 +219,16 @@ BEGIN
 
     DELETE FROM procrastinate_stalled.orphans AS orphan
         WHERE NOT EXISTS (
-            SELECT
-                FROM procrastinate_jobs AS job
-                WHERE job.id = orphan.job_id
-                    AND job.attempts = orphan.attempts
-                    -- As in _judge(): the primary key is taken.
-                    AND job.status BETWEEN 'doing' AND 'doing'
-                    AND job.worker_id IS NULL
-        );
+                SELECT
+                    FROM procrastinate_jobs AS job
+                    WHERE job.id = orphan.job_id
+                        AND job.attempts = orphan.attempts
+                        -- As in _judge(): the primary key is taken.
+                        AND job.status BETWEEN 'doing' AND 'doing'
+                        AND job.worker_id IS NULL
+            )
+            -- By a clock that was wrong: it is dated anew.
+            OR orphan.seen_at > clock_timestamp();
 
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts

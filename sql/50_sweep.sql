@@ -31,27 +31,43 @@ COMMENT ON FUNCTION procrastinate_stalled._can_sweep(integer) IS
     'Whether sweep() can start: false, with a notice, on a standby. Raises invalid_parameter_value unless batch_size is above 0.';
 
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_jobs_table()
+CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_tables()
     RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
 AS $$
+DECLARE
+    relation regclass;
 BEGIN
-    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job. LOCK TABLE
-    -- would need the right to update every column.
+    -- LOCK TABLE would need the right to write every column.
+    relation := 'procrastinate_jobs';
     UPDATE procrastinate_jobs SET worker_id = NULL WHERE false;
+    relation := 'procrastinate_workers';
+    PERFORM FROM procrastinate_workers WHERE false FOR NO KEY UPDATE;
+    relation := 'procrastinate_events';
+    INSERT INTO procrastinate_events (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.rescues';
+    INSERT INTO procrastinate_stalled.rescues (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.sweeps';
+    UPDATE procrastinate_stalled.sweeps SET error = NULL WHERE false;
+    relation := 'procrastinate_stalled.orphans';
+    INSERT INTO procrastinate_stalled.orphans (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.rules';
+    PERFORM FROM procrastinate_stalled.rules WHERE false;
+    relation := 'procrastinate_stalled.settings';
+    PERFORM FROM procrastinate_stalled.settings WHERE false;
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION USING
         ERRCODE = 'lock_not_available',
-        MESSAGE = 'the table procrastinate_jobs is locked by another session',
-        DETAIL = 'No job can be changed meanwhile, by workers neither: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
-        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ' || 'procrastinate_jobs'::regclass::oid || ' AND granted);';
+        MESSAGE = format('the table %s is locked by another session', relation),
+        DETAIL = 'No sweep can use it meanwhile: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
+        HINT = format('The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = %s AND granted);', relation::oid);
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._lock_jobs_table() IS
-    'Takes the table lock of an UPDATE of jobs until the transaction ends. Raises lock_not_available when another session holds a lock on the table that forbids it.';
+COMMENT ON FUNCTION procrastinate_stalled._lock_tables() IS
+    'Tells a lock on a whole table from one on a job: takes the locks of a sweep on all tables that it uses, until the transaction ends. Raises lock_not_available when another session holds a lock on one of them that forbids it.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
@@ -71,7 +87,6 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._require_writable();
-    PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
         BEGIN
@@ -91,6 +106,9 @@ BEGIN
         RETURNING id
         INTO sweep_id;
     suspect_ids := doing.suspect_ids;
+EXCEPTION WHEN lock_not_available THEN
+    PERFORM procrastinate_stalled._lock_tables();
+    RAISE;
 END;
 $$;
 
@@ -147,10 +165,12 @@ DECLARE
 BEGIN
     one_by_one := false;
     disk_is_full := false;
-    PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
         rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
     EXCEPTION WHEN OTHERS THEN
+        IF SQLSTATE = '55P03' THEN
+            PERFORM procrastinate_stalled._lock_tables();
+        END IF;
         IF cardinality(job_ids) > 1 THEN
             one_by_one := true;
             RETURN;
@@ -230,7 +250,11 @@ BEGIN
             WHERE id IN (
                 SELECT sweep.id
                     FROM procrastinate_stalled.sweeps AS sweep
-                    WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                    WHERE sweep.started_at < now() - greatest(
+                            (SELECT keep_sweeps FROM procrastinate_stalled.settings),
+                            -- _judge() reads those that saw nobody alive.
+                            (SELECT max(heartbeat_timeout) FROM procrastinate_stalled.rules)
+                        )
                         AND sweep.id <> sweep_id
                     ORDER BY sweep.started_at
                     LIMIT 1000
@@ -250,6 +274,9 @@ BEGIN
         WHERE id = sweep_id
         RETURNING retried + failed + aborted > 0
         INTO has_rescued;
+EXCEPTION WHEN lock_not_available THEN
+    PERFORM procrastinate_stalled._lock_tables();
+    RAISE;
 END;
 $$;
 
@@ -325,7 +352,7 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+a transaction block), lock_not_available (one of the tables is locked as a whole), read_only_sql_transaction.
 A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does, after a hundred
 jobs in a row.$$;
 
@@ -388,6 +415,7 @@ BEGIN
     END IF;
 
     sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    PERFORM procrastinate_stalled._lock_tables();
     <<batches>>
     FOR batch IN
         SELECT batches.batch
@@ -447,5 +475,5 @@ Returns the rows of rescues that it wrote. With seconds too, the rules choose th
 that no rule matches, is not touched. A job that cannot be rescued does not stop it; a full disk does, after a hundred
 jobs in a row: see sweeps.waiting and sweeps.error.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+or max_jobs is not positive; lock_not_available, when one of the tables is locked as a whole;
 read_only_sql_transaction.$$;

@@ -102,7 +102,7 @@ BEGIN
                 -- function. The functions that it calls need the caller's own right.
                 routine.provolatile <> 'v'
                 OR (for_operator AND routine.proname IN (
-                    'retry_job', 'retry_stalled_jobs', '_begin_sweep', '_end_sweep', '_lock_jobs_table', '_note_orphans',
+                    'retry_job', 'retry_stalled_jobs', '_begin_sweep', '_end_sweep', '_lock_tables', '_note_orphans',
                     '_notify', '_rescue', '_rescue_batch'
                 ))
             );

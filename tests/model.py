@@ -325,26 +325,29 @@ class Model:
         if unheard_since_outage:
             moments.append(self.available_since + max(timeout, self.outage_grace))
         # All were silent, and one is heard again: the others get the time to follow, unless they were overdue before.
-        silence = self._last_silence(timeout)
+        silence, until = self._last_silence(timeout)
         if (
             silence is not None
             and self._somebody_is_alive(rule)
             and since < silence.started_at
             and (silence.latest_heartbeat is None or since + timeout > silence.latest_heartbeat)
         ):
-            moments.append(silence.started_at + timeout)
+            moments.append(until + timeout)
         return max(moments)
 
-    def _last_silence(self, timeout: int) -> Sweep | None:
-        """The last sweep that saw nobody alive, while that matters: not for long, and not once a new worker came."""
-        if not self.require_live_worker:
-            return None
-        for sweep in reversed(self.sweeps):
-            if sweep.started_at < self.now - timeout:
-                return None
+    def _last_silence(self, timeout: int) -> tuple[Sweep | None, int]:
+        """The last sweep that saw nobody alive, and when the next one saw somebody.
+
+        While that matters: that was not long ago, and no new worker has come since.
+        """
+        until = self.now
+        for sweep in reversed(self.sweeps) if self.require_live_worker else ():
             if sweep.latest_heartbeat is None or sweep.latest_heartbeat < sweep.started_at - timeout / 2:
-                return sweep if max(self.workers, default=0) <= sweep.newest_worker_id else None
-        return None
+                return (sweep if max(self.workers, default=0) <= sweep.newest_worker_id else None), until
+            if sweep.started_at < self.now - timeout:
+                break
+            until = sweep.started_at
+        return None, until
 
     def _somebody_is_alive(self, rule: Rule) -> bool:
         """Whether any worker was heard within half of the timeout, or that is not asked for."""

@@ -19,6 +19,7 @@ from tests.jobs import (
 from tests.server import PROJECT
 
 SWEEP: LiteralString = "CALL procrastinate_stalled.sweep()"
+RETRY: LiteralString = "SELECT procrastinate_stalled.retry_stalled_jobs()"
 
 
 def refuse_to_change(connection: Connection, *job_ids: int) -> None:
@@ -171,20 +172,40 @@ def test_the_migration_refuses_to_run_outside_of_a_transaction(procrastinate_dat
         assert "--single-transaction" in caught.value.diag.message_hint
 
 
-@pytest.mark.parametrize("lock", ["SHARE", "ACCESS EXCLUSIVE"])
-@pytest.mark.parametrize("sweep", [SWEEP, "SELECT procrastinate_stalled.retry_stalled_jobs()"])
-def test_a_lock_on_the_whole_table_ends_a_sweep_at_once_and_says_so(
-    connection: Connection, database: str, lock: str, sweep: LiteralString
+WRITTEN = (
+    "procrastinate_jobs",
+    "procrastinate_events",
+    "procrastinate_stalled.rescues",
+    "procrastinate_stalled.sweeps",
+    "procrastinate_stalled.orphans",
+)
+READ = ("procrastinate_workers", "procrastinate_stalled.rules", "procrastinate_stalled.settings")
+
+
+LOCKS = [*((table, "SHARE") for table in WRITTEN), *((table, "ACCESS EXCLUSIVE") for table in (*WRITTEN, *READ))]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "table", "lock"),
+    [
+        *((SWEEP, *lock) for lock in LOCKS),
+        # PostgreSQL itself waits for the table whose rows the function returns.
+        *((RETRY, *lock) for lock in LOCKS if lock != ("procrastinate_stalled.rescues", "ACCESS EXCLUSIVE")),
+    ],
+)
+def test_a_lock_on_a_whole_table_ends_a_sweep_at_once_and_says_so(
+    connection: Connection, database: str, sweep: LiteralString, table: str, lock: str
 ) -> None:
     jobs = [add_stalled_job(connection) for _ in range(30)]
+    add_job(connection)  # an orphan, to be noted
     with psycopg.connect(database) as other:
-        other.execute(f"LOCK TABLE procrastinate_jobs IN {lock} MODE".encode())
+        other.execute(f"LOCK TABLE {table} IN {lock} MODE".encode())
 
         connection.execute("SET statement_timeout = '2s'")  # 30 jobs one by one, 100 ms each, would take longer
         with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
             connection.execute(sweep)
 
-        assert caught.value.diag.message_primary == "the table procrastinate_jobs is locked by another session"
+        assert caught.value.diag.message_primary == f"the table {table} is locked by another session"
         hint = (caught.value.diag.message_hint or "").partition("Who it is: ")[2]
         pids = {row["pid"] for row in rows(connection, hint)}
         assert other.info.backend_pid in pids

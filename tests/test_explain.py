@@ -852,6 +852,9 @@ def let_time_pass(connection: Connection, duration: timedelta) -> None:
     )
 
 
+NONE_SEEN_IN_THE_FUTURE = "UPDATE procrastinate_stalled.orphans SET seen_at = now() WHERE seen_at > now()"
+
+
 @with_examples(20)
 @given(database=nights())
 def test_a_job_stalls_at_the_announced_moment_and_not_before(transaction: Connection, database: RandomDatabase) -> None:
@@ -860,11 +863,13 @@ def test_a_job_stalls_at_the_announced_moment_and_not_before(transaction: Connec
     with transaction.transaction(force_rollback=True):
         database.create(transaction)
         (row,) = rows(transaction, "SELECT now()")
+        transaction.execute(NONE_SEEN_IN_THE_FUTURE)
         announced = [job for job in explain_all(transaction) if job["verdict"] == "running"]
         # An orphan that was not noted is announced as if a sweep came now.
         transaction.execute(
             "SELECT procrastinate_stalled._note_orphans(orphan_ids) FROM procrastinate_stalled._doing_jobs()"
         )
+        transaction.execute(NONE_SEEN_IN_THE_FUTURE)
         moments = {job["stalled_at"] for job in announced if job["stalled_at"] is not None}
         for moment in sorted(moments)[:3]:
             with transaction.transaction(force_rollback=True):

@@ -69,7 +69,7 @@ CALLS: dict[str, LiteralString] = {
     """,
     "_job_name_elsewhere": "SELECT procrastinate_stalled._job_name_elsewhere('app')",
     "_judge": "SELECT * FROM procrastinate_stalled._judge(also_running => true)",
-    "_lock_jobs_table": "SELECT procrastinate_stalled._lock_jobs_table()",
+    "_lock_tables": "SELECT procrastinate_stalled._lock_tables()",
     "_note_orphans": """
         SELECT procrastinate_stalled._note_orphans(orphan_ids)
             FROM procrastinate_stalled._doing_jobs()
@@ -458,7 +458,7 @@ def test_defaults_and_checks_are_those_that_they_were_at_the_install(path: str, 
         INSERT INTO procrastinate_stalled.rescues (job_id, queue_name, task_name, action, reason, attempts)
             VALUES (1, 'default', 'task', 'robbed', 'manual', 0)
         """,
-        "INSERT INTO procrastinate_stalled.orphans (job_id, attempts) VALUES (1, 0) RETURNING seen_at",
+        "INSERT INTO procrastinate_stalled.orphans (job_id, attempts) VALUES (1, 0) RETURNING job_id",
     ]
 
     before = captures(connection, "public")

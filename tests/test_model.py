@@ -509,7 +509,8 @@ def in_order(rescues: list[Rescue]) -> list[Rescue]:
 def database(server: Server) -> Iterator[str]:
     """A database in which a transaction can sweep: the procedure of the product, without its commits.
 
-    A sweep is dated by the transaction, not by the clock: else a worker may be alive, and not when the sweep started.
+    A sweep, and an orphan, is dated by the transaction, not by the clock: else a worker may be alive, and not when the
+    sweep started.
     """
     with server.database("ours") as conninfo:
         with psycopg.connect(conninfo) as connection:
@@ -517,6 +518,7 @@ def database(server: Server) -> Iterator[str]:
                 connection, "SELECT prosrc FROM pg_proc WHERE oid = 'procrastinate_stalled.sweep'::regproc"
             )
             connection.execute("ALTER TABLE procrastinate_stalled.sweeps ALTER COLUMN started_at SET DEFAULT now()")
+            connection.execute("ALTER TABLE procrastinate_stalled.orphans ALTER COLUMN seen_at SET DEFAULT now()")
             connection.execute("CREATE SCHEMA tests")
             connection.execute(
                 sql.SQL("CREATE PROCEDURE tests.sweep(batch_size integer) LANGUAGE plpgsql AS {}").format(
@@ -606,7 +608,7 @@ HISTORIES: dict[str, tuple[Kind, list[Step]]] = {
     ),
     "nobody was alive, and one has been heard again for long": (
         Kind("stalled", "heartbeat", "retry"),
-        [begin(None), wait(4 * MINUTE, None), sweep, wait(MINUTE), wait(4 * MINUTE)],
+        [begin(None), wait(4 * MINUTE, None), sweep, wait(MINUTE), sweep, wait(5 * MINUTE)],
     ),
     "nobody was alive, and a new worker has come": (
         Kind("stalled", "heartbeat", "retry"),

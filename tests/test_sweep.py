@@ -70,9 +70,22 @@ def rescued(connection: Connection) -> list[int]:
 
 def test_a_sweep_does_not_purge_its_own_row(connection: Connection) -> None:
     connection.execute("UPDATE procrastinate_stalled.settings SET keep_sweeps = '0'")
+    connection.execute("DELETE FROM procrastinate_stalled.rules")
     for _ in range(2):
         connection.execute(SWEEP)
         assert get_sweeps(connection) == [sweep_row()]
+
+
+def test_the_rows_that_judgements_read_are_kept_for_the_longest_heartbeat_timeout(connection: Connection) -> None:
+    connection.execute("UPDATE procrastinate_stalled.settings SET keep_sweeps = '0'")
+    add_rule(connection, "hour", heartbeat_timeout="1 hour")
+    for minutes in (59, 61):
+        connection.execute(
+            "INSERT INTO procrastinate_stalled.sweeps (started_at, doing) VALUES (now() - make_interval(mins => %s), %s)",
+            [minutes, minutes],
+        )
+    connection.execute(SWEEP)
+    assert [sweep["doing"] for sweep in get_sweeps(connection)] == [59, 0]
 
 
 def test_a_sweep_notes_the_latest_heartbeat_and_the_newest_worker(connection: Connection) -> None:

@@ -499,7 +499,7 @@ COMMENT ON COLUMN procrastinate_stalled.settings.only_row IS 'Always true: there
 COMMENT ON COLUMN procrastinate_stalled.settings.outage_grace IS 'A worker can lose its heartbeat for good while the server is down, and still finish its jobs. So the silence of workers that were not heard of since the server last became available counts from that moment, and for at least so long. From 0 to 10 years.';
 COMMENT ON COLUMN procrastinate_stalled.settings.require_live_worker IS 'Act on silence and on orphans only while some worker is alive: one was heard of within half of the rule''s heartbeat_timeout. Without one nobody could run the retried job, and a cut network looks just like that. A run_timeout is acted upon all the same.';
 COMMENT ON COLUMN procrastinate_stalled.settings.keep_rescues IS 'Sweeps delete older rows of rescues, except those that still count towards max_rescues of a job. From 0 to 100 years.';
-COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps. From 0 to 100 years.';
+COMMENT ON COLUMN procrastinate_stalled.settings.keep_sweeps IS 'Sweeps delete older rows of sweeps, but none that is younger than the longest heartbeat_timeout. From 0 to 100 years.';
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._first_rows()
     RETURNS void
@@ -614,7 +614,7 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.aborted IS 'Stalled jobs ended as
 COMMENT ON COLUMN procrastinate_stalled.sweeps.waiting IS 'Jobs that were stalled when it ended: locked by another session, behind a job with the same queueing lock, beyond max_jobs, or in error.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held IS 'Jobs that were stalled when it ended and deliberately not touched.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.held_reason IS 'Why they were held: no living worker, or the names of the pauses.';
-COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from then on to be heard too.';
+COMMENT ON COLUMN procrastinate_stalled.sweeps.latest_heartbeat IS 'The latest heartbeat of any worker when it started. If that was older than half of heartbeat_timeout, nobody was alive; and when one of the silent workers is heard again, the others have heartbeat_timeout from the next sweep on to be heard too.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.newest_worker_id IS 'The highest id of a worker when it started; 0: there was none. A worker that is newer tells nothing of the silent ones.';
 COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that kept a job from being rescued, with the job''s id; every other job was rescued all the same. Or that of the full disk (53100) which ended the sweep.';
 
@@ -622,7 +622,7 @@ COMMENT ON COLUMN procrastinate_stalled.sweeps.error IS 'The first error that ke
 CREATE TABLE IF NOT EXISTS procrastinate_stalled.orphans (
     job_id bigint PRIMARY KEY,
     attempts integer NOT NULL,
-    seen_at timestamp with time zone NOT NULL DEFAULT now()
+    seen_at timestamp with time zone NOT NULL DEFAULT clock_timestamp()
 );
 
 COMMENT ON TABLE procrastinate_stalled.orphans IS
@@ -1056,17 +1056,31 @@ BEGIN
                rule.note,
                available_since + greatest(rule.heartbeat_timeout, grace) AS forgiven_until,
                demands_live_worker AND coalesce(last_sign_of_life < now() - rule.heartbeat_timeout / 2, true) AS nobody_is_alive,
-               silence.started_at AS nobody_until,
-               silence.latest_heartbeat AS nobody_since
+               silence.latest_heartbeat AS nobody_since,
+               silence.started_at AS nobody_at,
+               silence.next_started_at AS nobody_until
             FROM procrastinate_stalled.rules AS rule
             LEFT JOIN LATERAL (
                 -- Workers that were all silent, as of a frozen host or a cut network, come back one after another. So it
-                -- counts when a sweep last saw nobody alive.
-                SELECT sweep.started_at, sweep.latest_heartbeat, sweep.newest_worker_id
+                -- counts which sweep last saw nobody alive, and when the next one saw somebody.
+                SELECT sweep.latest_heartbeat,
+                       sweep.newest_worker_id,
+                       sweep.started_at,
+                       coalesce((
+                           SELECT min(later.started_at)
+                               FROM procrastinate_stalled.sweeps AS later
+                               WHERE later.started_at > sweep.started_at AND later.started_at <= clock_timestamp()
+                       ), now()) AS next_started_at
                     FROM procrastinate_stalled.sweeps AS sweep
                     WHERE by_rules
                         AND demands_live_worker
-                        AND sweep.started_at >= now() - rule.heartbeat_timeout
+                        -- The last one before that too, for sweeps may be rare.
+                        AND sweep.started_at >= coalesce((
+                            SELECT max(earlier.started_at)
+                                FROM procrastinate_stalled.sweeps AS earlier
+                                WHERE earlier.started_at < now() - rule.heartbeat_timeout
+                        ), '-infinity')
+                        AND sweep.started_at <= clock_timestamp() -- of a clock that was wrong
                         AND coalesce(sweep.latest_heartbeat < sweep.started_at - rule.heartbeat_timeout / 2, true)
                     ORDER BY sweep.started_at DESC
                     LIMIT 1
@@ -1112,8 +1126,9 @@ BEGIN
                rule.on_duplicate,
                rule.forgiven_until AS survivors_forgiven_until,
                coalesce(rule.nobody_is_alive, demands_live_worker) AS nobody_is_alive,
-               rule.nobody_until,
                rule.nobody_since,
+               rule.nobody_at,
+               rule.nobody_until,
                pause.name AS pause_name,
                pause.expires_at AS pause_ends_at,
                pause.note AS pause_note
@@ -1178,7 +1193,7 @@ BEGIN
                            -- Not for who was overdue before all fell silent.
                            CASE
                                WHEN NOT nobody_is_alive
-                                   AND silent_since < nobody_until
+                                   AND silent_since < nobody_at
                                    AND silent_since + heartbeat_timeout > coalesce(nobody_since, '-infinity')
                                    THEN nobody_until + heartbeat_timeout
                            END
@@ -2001,14 +2016,16 @@ BEGIN
 
     DELETE FROM procrastinate_stalled.orphans AS orphan
         WHERE NOT EXISTS (
-            SELECT
-                FROM procrastinate_jobs AS job
-                WHERE job.id = orphan.job_id
-                    AND job.attempts = orphan.attempts
-                    -- As in _judge(): the primary key is taken.
-                    AND job.status BETWEEN 'doing' AND 'doing'
-                    AND job.worker_id IS NULL
-        );
+                SELECT
+                    FROM procrastinate_jobs AS job
+                    WHERE job.id = orphan.job_id
+                        AND job.attempts = orphan.attempts
+                        -- As in _judge(): the primary key is taken.
+                        AND job.status BETWEEN 'doing' AND 'doing'
+                        AND job.worker_id IS NULL
+            )
+            -- By a clock that was wrong: it is dated anew.
+            OR orphan.seen_at > clock_timestamp();
 
     INSERT INTO procrastinate_stalled.orphans (job_id, attempts)
         SELECT job.id, job.attempts
@@ -2193,27 +2210,43 @@ COMMENT ON FUNCTION procrastinate_stalled._can_sweep(integer) IS
     'Whether sweep() can start: false, with a notice, on a standby. Raises invalid_parameter_value unless batch_size is above 0.';
 
 
-CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_jobs_table()
+CREATE OR REPLACE FUNCTION procrastinate_stalled._lock_tables()
     RETURNS void
     LANGUAGE plpgsql
     SET search_path FROM CURRENT
     SET lock_timeout = '100ms'
 AS $$
+DECLARE
+    relation regclass;
 BEGIN
-    -- What an UPDATE takes anyway. Taken first, a lock on the whole table is told from a lock on one job. LOCK TABLE
-    -- would need the right to update every column.
+    -- LOCK TABLE would need the right to write every column.
+    relation := 'procrastinate_jobs';
     UPDATE procrastinate_jobs SET worker_id = NULL WHERE false;
+    relation := 'procrastinate_workers';
+    PERFORM FROM procrastinate_workers WHERE false FOR NO KEY UPDATE;
+    relation := 'procrastinate_events';
+    INSERT INTO procrastinate_events (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.rescues';
+    INSERT INTO procrastinate_stalled.rescues (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.sweeps';
+    UPDATE procrastinate_stalled.sweeps SET error = NULL WHERE false;
+    relation := 'procrastinate_stalled.orphans';
+    INSERT INTO procrastinate_stalled.orphans (job_id) SELECT NULL WHERE false;
+    relation := 'procrastinate_stalled.rules';
+    PERFORM FROM procrastinate_stalled.rules WHERE false;
+    relation := 'procrastinate_stalled.settings';
+    PERFORM FROM procrastinate_stalled.settings WHERE false;
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION USING
         ERRCODE = 'lock_not_available',
-        MESSAGE = 'the table procrastinate_jobs is locked by another session',
-        DETAIL = 'No job can be changed meanwhile, by workers neither: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
-        HINT = 'The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = ' || 'procrastinate_jobs'::regclass::oid || ' AND granted);';
+        MESSAGE = format('the table %s is locked by another session', relation),
+        DETAIL = 'No sweep can use it meanwhile: a migration, VACUUM FULL or CREATE INDEX without CONCURRENTLY does that.',
+        HINT = format('The next sweep goes on. Who it is: SELECT * FROM pg_stat_activity WHERE pid IN (SELECT pid FROM pg_locks WHERE relation = %s AND granted);', relation::oid);
 END;
 $$;
 
-COMMENT ON FUNCTION procrastinate_stalled._lock_jobs_table() IS
-    'Takes the table lock of an UPDATE of jobs until the transaction ends. Raises lock_not_available when another session holds a lock on the table that forbids it.';
+COMMENT ON FUNCTION procrastinate_stalled._lock_tables() IS
+    'Tells a lock on a whole table from one on a job: takes the locks of a sweep on all tables that it uses, until the transaction ends. Raises lock_not_available when another session holds a lock on one of them that forbids it.';
 
 
 CREATE OR REPLACE FUNCTION procrastinate_stalled._begin_sweep(
@@ -2233,7 +2266,6 @@ DECLARE
 BEGIN
     PERFORM procrastinate_stalled._require_procrastinate();
     PERFORM procrastinate_stalled._require_writable();
-    PERFORM procrastinate_stalled._lock_jobs_table();
     -- A database that was restored from a dump of its schema alone has no rows yet.
     IF NOT EXISTS (SELECT FROM procrastinate_stalled.settings) THEN
         BEGIN
@@ -2253,6 +2285,9 @@ BEGIN
         RETURNING id
         INTO sweep_id;
     suspect_ids := doing.suspect_ids;
+EXCEPTION WHEN lock_not_available THEN
+    PERFORM procrastinate_stalled._lock_tables();
+    RAISE;
 END;
 $$;
 
@@ -2309,10 +2344,12 @@ DECLARE
 BEGIN
     one_by_one := false;
     disk_is_full := false;
-    PERFORM procrastinate_stalled._lock_jobs_table();
     BEGIN
         rescue := procrastinate_stalled._rescue(queue, task_name, seconds_since_heartbeat, nb_seconds, job_ids);
     EXCEPTION WHEN OTHERS THEN
+        IF SQLSTATE = '55P03' THEN
+            PERFORM procrastinate_stalled._lock_tables();
+        END IF;
         IF cardinality(job_ids) > 1 THEN
             one_by_one := true;
             RETURN;
@@ -2392,7 +2429,11 @@ BEGIN
             WHERE id IN (
                 SELECT sweep.id
                     FROM procrastinate_stalled.sweeps AS sweep
-                    WHERE sweep.started_at < now() - (SELECT keep_sweeps FROM procrastinate_stalled.settings)
+                    WHERE sweep.started_at < now() - greatest(
+                            (SELECT keep_sweeps FROM procrastinate_stalled.settings),
+                            -- _judge() reads those that saw nobody alive.
+                            (SELECT max(heartbeat_timeout) FROM procrastinate_stalled.rules)
+                        )
                         AND sweep.id <> sweep_id
                     ORDER BY sweep.started_at
                     LIMIT 1000
@@ -2412,6 +2453,9 @@ BEGIN
         WHERE id = sweep_id
         RETURNING retried + failed + aborted > 0
         INTO has_rescued;
+EXCEPTION WHEN lock_not_available THEN
+    PERFORM procrastinate_stalled._lock_tables();
+    RAISE;
 END;
 $$;
 
@@ -2487,7 +2531,7 @@ Argument:
   batch_size  jobs per transaction, above 0; while a batch is written its jobs are locked
 It commits, so it must be a statement of its own: CALL procrastinate_stalled.sweep(); outside a transaction block.
 On a standby it does nothing and says so. Errors: invalid_parameter_value, invalid_transaction_termination (called inside
-a transaction block), lock_not_available (the whole table procrastinate_jobs is locked), read_only_sql_transaction.
+a transaction block), lock_not_available (one of the tables is locked as a whole), read_only_sql_transaction.
 A job that cannot be rescued does not stop it: see sweeps.waiting and sweeps.error. A full disk does, after a hundred
 jobs in a row.$$;
 
@@ -2550,6 +2594,7 @@ BEGIN
     END IF;
 
     sweep := procrastinate_stalled._begin_sweep(retry_stalled_jobs.queue, retry_stalled_jobs.task_name, silence, run_time);
+    PERFORM procrastinate_stalled._lock_tables();
     <<batches>>
     FOR batch IN
         SELECT batches.batch
@@ -2609,7 +2654,7 @@ Returns the rows of rescues that it wrote. With seconds too, the rules choose th
 that no rule matches, is not touched. A job that cannot be rescued does not stop it; a full disk does, after a hundred
 jobs in a row: see sweeps.waiting and sweeps.error.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
-or max_jobs is not positive; lock_not_available, when the whole table procrastinate_jobs is locked;
+or max_jobs is not positive; lock_not_available, when one of the tables is locked as a whole;
 read_only_sql_transaction.$$;
 -- Pauses: rules in front of all others that ignore jobs until they expire. A sweep judges each batch anew, so a pause
 -- counts from the next batch on.
@@ -3840,7 +3885,7 @@ BEGIN
                 -- function. The functions that it calls need the caller's own right.
                 routine.provolatile <> 'v'
                 OR (for_operator AND routine.proname IN (
-                    'retry_job', 'retry_stalled_jobs', '_begin_sweep', '_end_sweep', '_lock_jobs_table', '_note_orphans',
+                    'retry_job', 'retry_stalled_jobs', '_begin_sweep', '_end_sweep', '_lock_tables', '_note_orphans',
                     '_notify', '_rescue', '_rescue_batch'
                 ))
             );
