@@ -1,8 +1,9 @@
 """Breaks the guards of the rescue one at a time, and sees that a test fails for each: `python -m scripts.mutants`.
 
 A mutant is one change of a file in sql/. It is made in a copy of the project, and the tests that should notice it are
-run there until the first one fails. Prints a table in Markdown, which docs/guards.md quotes. Exits with 1 when a mutant
-survives, or when the tests fail without one.
+run there until the first one fails, or hangs. Prints a table in Markdown, which docs/guards.md quotes. Exits with 1
+when a mutant survives, or when the tests fail without one; and before any test, when a mutant is broken SQL: tests fail
+for it, but not for the guard.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psycopg
+from psycopg.rows import dict_row
 from rich.progress import track
 
-PROJECT = Path(__file__).resolve().parent.parent
+from scripts.lint import QUERIES
+from tests.server import PROJECT, install_procrastinate, throwaway_server
+
+PATIENCE = 900
+"""After so many seconds the tests of a mutant hang. All tests without a mutant take four minutes."""
 
 PREREQUISITES = "sql/10_prerequisites.sql"
 JUDGEMENT = "sql/30_judgement.sql"
@@ -122,6 +131,13 @@ MUTANTS = [
         "    SET lock_timeout = '100ms'\n    -- As for _judge().",
         "    SET lock_timeout = '10s'\n    -- As for _judge().",
         "queueing_locks",
+    ),
+    Mutant(
+        "lock_timeout: retry_job() does not wait for a locked job",
+        RESCUE,
+        "    SET lock_timeout = '500ms'",
+        "    SET lock_timeout = '10s'",
+        "retry_job",
     ),
     Mutant(
         "lock_timeout: a lock on the whole table ends the sweep, with a reason",
@@ -246,7 +262,7 @@ MUTANTS = [
         "Hold: the others have time when one is heard again",
         JUDGEMENT,
         "                                   THEN nobody_until + heartbeat_timeout\n",
-        "                                   THEN NULL\n",
+        "                                   THEN NULL::timestamp with time zone\n",
         "evidence explain",
     ),
     Mutant(
@@ -388,8 +404,8 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="WORD", help="only guards with this in their description")
     words = parser.parse_args().words
     mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.guard for word in words)]
-    for mutant in mutants:
-        mutant.source()  # raises before anything is run
+    if errors := [*errors_of_sql(mutants)]:
+        sys.exit("\n".join(["These mutants are broken SQL:", *errors]))
 
     files = sorted({file for mutant in mutants for file in mutant.tests.split()})
     with ThreadPoolExecutor(2) as executor:
@@ -399,14 +415,37 @@ def main() -> None:
         sys.exit(f"Without any mutant this test fails already: {unchanged}")
     print("| guard | in | the first test that fails without it |\n|---|---|---|")
     for mutant, test in zip(mutants, caught, strict=True):
-        print(f"| {mutant.guard} | `{mutant.file}` | {f'`{test}`' if test else '**none**'} |")
+        print(f"| {mutant.guard} | `{mutant.file}` | {test or '**none**'} |")
     survivors = caught.count(None)
     print(f"\nOn {datetime.now(UTC):%Y-%m-%d}: {len(mutants)} mutants, {survivors} survived.")
     sys.exit(survivors > 0)
 
 
-def attempt(mutant: Mutant | None, tests: str) -> str | None:
-    """Run the tests with the mutant; return the first that fails."""
+def errors_of_sql(mutants: list[Mutant]) -> Iterator[str]:
+    """Those that PostgreSQL finds in a mutant when it is installed, or plpgsql_check in its functions."""
+    with throwaway_server(cron_database="mutants") as server:
+        install_procrastinate(server.conninfo("mutants"))
+        with psycopg.connect(server.conninfo("mutants"), row_factory=dict_row) as connection:
+            connection.execute("CREATE EXTENSION plpgsql_check")
+            connection.commit()
+            for mutant in mutants:
+                with copied(mutant) as copy:
+                    migration = max(copy.glob("sql/migrations/*[0-9].sql")).read_bytes()
+                try:
+                    connection.execute(migration)
+                    connection.execute("RESET ALL")
+                    problems = connection.execute(QUERIES["SQL: plpgsql_check"].encode()).fetchall()
+                    for problem in problems:
+                        if problem["level"] == "error":
+                            yield f"{mutant.guard}: {problem['message']}"
+                except psycopg.Error as error:
+                    yield f"{mutant.guard}: {error}"
+                connection.rollback()
+
+
+@contextmanager
+def copied(mutant: Mutant | None) -> Iterator[Path]:
+    """Lend a copy of the project, with the mutant."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")
         tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, check=True, capture_output=True, text=True)
@@ -418,15 +457,38 @@ def attempt(mutant: Mutant | None, tests: str) -> str | None:
         if mutant is not None:
             (copy / mutant.file).write_text(mutant.source())
             subprocess.run(["scripts/assemble-migration"], cwd=copy, check=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        yield copy
+
+
+def attempt(mutant: Mutant | None, tests: str) -> str | None:
+    """Run the tests with the mutant; return the first that fails, and whether it hangs."""
+    with copied(mutant) as copy:
+        command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
         files = [f"tests/test_{name}.py" for name in tests.split()]
-        run = subprocess.run([*command, *files], cwd=copy, check=False, capture_output=True, text=True)
+        log = copy / "log"
+        with (
+            log.open("w") as stdout,
+            subprocess.Popen([*command, *files], cwd=copy, stdout=stdout, stderr=subprocess.STDOUT) as run,
+        ):
+            try:
+                run.wait(PATIENCE)
+                hangs = False
+            except subprocess.TimeoutExpired:
+                hangs = True
+                run.send_signal(signal.SIGINT)  # as Ctrl-C: it stops its servers
+                try:
+                    run.wait(60)
+                except subprocess.TimeoutExpired:
+                    run.kill()
+        output = log.read_text()
     if run.returncode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+\.py::\w+)", run.stdout, re.MULTILINE)
-    if failed is None:
-        raise RuntimeError(f"pytest failed without a failing test, for {mutant}:\n{run.stdout}{run.stderr}")
-    return failed[1]
+    # The test that hangs is the last one that began.
+    began = r"^tests/(\S+\.py::\w+)"
+    failed = re.findall(began if hangs else r"^(?:FAILED|ERROR) tests/(\S+\.py::\w+)", output, re.MULTILINE)
+    if not failed:
+        raise RuntimeError(f"pytest failed without a failing test, for {mutant}:\n{output}")
+    return f"`{failed[-1]}`, which hangs" if hangs else f"`{failed[0]}`"
 
 
 if __name__ == "__main__":
