@@ -41,8 +41,8 @@ PASSES_OVER = {SWEEP, RESCUE, FETCH, *Point}
 sweep = Session("sweep", (SWEEP, *Point))
 # At the point that is left out nobody can write `rescues`, and a sweep has no lock_timeout.
 sweep_with_its_timeout = Session("sweep", tuple(step for step in sweep.steps if step is not Point.AFTER_WORKER_LOCK))
-# The pairs have the point that is left out. Three sessions would have 756 orders with it, and have 420 without.
-sweep_with_fewer_points = Session("sweep", tuple(step for step in sweep.steps if step is not Point.BEFORE_WORKER_LOCK))
+# Three sessions have 210 orders with these points, and 756 with all. The pairs have all.
+sweep_with_fewer_points = Session("sweep", (SWEEP, Point.AFTER_WORKER_LOCK, Point.WITHIN_UPDATE))
 rescue = Session("rescue", (RESCUE, "COMMIT"))
 rescue_in_vain = Session("rescue in vain", (RESCUE, "ROLLBACK"))
 retry_job = Session("retry_job", ("SELECT procrastinate_stalled.retry_job(%(job)s, NULL, 7, NULL, NULL)", "COMMIT"))
