@@ -29,8 +29,8 @@ from rich.progress import track
 from scripts.lint import QUERIES
 from tests.server import PROJECT, install_procrastinate, throwaway_server
 
-PATIENCE = 900
-"""After so many seconds the tests of a mutant hang. All tests without a mutant take four minutes."""
+PATIENCE = 1800
+"""After so many seconds the tests hang. Without a mutant all of them take four minutes on an idle machine."""
 
 PREREQUISITES = "sql/10_prerequisites.sql"
 JUDGEMENT = "sql/30_judgement.sql"
@@ -133,7 +133,7 @@ MUTANTS = [
         "queueing_locks",
     ),
     Mutant(
-        "lock_timeout: retry_job() does not wait for a locked job",
+        "lock_timeout: retry_job() waits for a locked job for half a second, not for ever",
         RESCUE,
         "    SET lock_timeout = '500ms'",
         "    SET lock_timeout = '10s'",
