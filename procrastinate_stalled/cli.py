@@ -883,9 +883,7 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
 
     from procrastinate_stalled.cron_database import NoConnectionToCronDatabase
 
-    # An address that libpq does not understand, such as postgresql+psycopg://..., is quoted with its password.
-    text = re.sub(r"(://[^:@/\s]*):\S*@", r"\1:***@", str(error))
-    detail = "\n".join(line.strip() for line in text.splitlines() if line.strip())
+    detail = "\n".join(line.strip() for line in _without_password(error).splitlines() if line.strip())
     hint = _program.get().choose_database
     message = "no connection to the database"
     if isinstance(error, NoConnectionToCronDatabase):
@@ -896,7 +894,25 @@ def _explain(error: psycopg.Error) -> tuple[str, str | None, str | None]:
             "That is PgBouncer. Connect to the server itself (most often port 5432), "
             "or leave that parameter out of the address."
         )
+    if re.search(r"percent-encoded|[*]{3}@", detail):
+        hint = f"In a URL, encode % as %25, @ as %40, / as %2F, : as %3A and a space as %20. {hint}"
     return message, detail, hint
+
+
+def _without_password(error: psycopg.Error) -> str:
+    """Return why there is no connection, without what may be a password or a part of it."""
+    import psycopg
+
+    if isinstance(error, psycopg.ProgrammingError) or isinstance(error.__cause__, psycopg.ProgrammingError):
+        # libpq does not understand the address, and quotes the piece: all of postgresql+psycopg://..., or just s3%cret.
+        return re.sub(
+            r'("[=:/\]]")|"(postgres[a-z+]*://)?.+"',
+            lambda found: found[1] or f'"{found[2] or ""}***"',
+            str(error),
+            flags=re.DOTALL,
+        )
+    # It takes the rest of a password with an unencoded @ for a part of the host.
+    return re.sub(r"""(\b(?:host|host name|database) ['"])[^'"]*@""", r"\1***@", str(error))
 
 
 @contextmanager

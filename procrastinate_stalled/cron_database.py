@@ -240,7 +240,8 @@ def address(cron_database: str, conninfo: str) -> str:
     NoConnectionToCronDatabase
         libpq does not understand it.
     """
-    if "=" not in cron_database and not cron_database.startswith(("postgresql://", "postgres://")):
+    # Not postgresql+psycopg://... either: as the name of a database it would be printed, with its password.
+    if "=" not in cron_database and "://" not in cron_database:
         return make_conninfo(conninfo, dbname=cron_database)
     try:
         given = conninfo_to_dict(cron_database)

@@ -999,6 +999,51 @@ def test_an_address_that_libpq_does_not_understand_is_explained_without_its_pass
     assert "ret" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("address", "detail"),
+    [
+        ("postgresql://app:sec%zzret@127.0.0.1:1/app", 'invalid percent-encoded token: "***"'),
+        ('postgresql://app:sec%"ret@127.0.0.1:1/app', 'invalid percent-encoded token: "***"'),
+        ("postgresql://app:sec%00ret@127.0.0.1:1/app", 'forbidden value %00 in percent-encoded value: "***"'),
+        ("postgresql://127.0.0.1:1/app?password=sec%zzret", 'invalid percent-encoded token: "***"'),
+        ("postgresql://app:sec ret@127.0.0.1:1/app", 'unexpected spaces found in "***"'),
+        ("postgresql://app:sec@ret@127.0.0.1:1/app", "'***@127.0.0.1'"),
+    ],
+)
+def test_a_password_that_is_not_encoded_is_not_printed_and_the_hint_says_how_to_write_it(
+    address: str, detail: str
+) -> None:
+    done = run("-d", address, "status")
+
+    expect_error(done, "no connection to the database", hint="encode % as %25")
+    assert detail in done.stderr
+    assert "sec" not in done.stderr
+    assert "ret" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql+psycopg://app:sec ret@127.0.0.1:1/app",
+        "dbname=postgresql+psycopg://app:sec@ret@127.0.0.1:1/app host=127.0.0.1 port=1",
+        "postgresql://app:secret@[::1/app",
+        "postgresql://app:secret@[::1]x/app",
+        "postgresql://127.0.0.1:1/app?password=sec&ret",
+        "host=127.0.0.1 port=1 password=sec ret",
+        "host=127.0.0.1 port=1 password=sec ret=1",
+    ],
+)
+def test_nothing_is_printed_of_an_address_that_may_be_of_the_password(address: str, database: str) -> None:
+    for done in (
+        run("-d", address, "status"),
+        run("-d", address, "install"),
+        run("unschedule", "--cron-database", address, database=database),
+    ):
+        expect_error(done, "no connection to the database", hint="postgresql://")
+        assert "sec" not in done.stderr
+        assert "ret" not in done.stderr
+
+
 def test_the_address_comes_from_the_option_before_the_variable(database: str) -> None:
     assert (
         succeed("--database-url", database, "list", database="host=nowhere.invalid")
