@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, LiteralString
@@ -14,7 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from procrastinate_stalled import Stalled, cli, install, uninstall
 from procrastinate_stalled.installation import migration_sql, rollback_sql
-from tests.jobs import Row, add_job, add_orphan_note, add_rule, add_stalled_job, add_worker, insert, rows
+from tests.jobs import Row, add_job, add_orphan_note, add_rule, add_stalled_job, add_worker, contents, insert, rows
 from tests.server import Server, database_name, install_procrastinate
 from tests.shadows import CAPTURED, captures, create_shadows
 from tests.test_installation import dump_ours
@@ -435,6 +436,75 @@ def test_an_operator_a_type_a_table_or_a_function_in_the_procedure_would_be_capt
             with pytest.raises(psycopg.errors.DatabaseError) as caught:
                 swept(database, HOSTILE_PATHS[0])
             assert caught.value.sqlstate == CAPTURED
+
+
+# What a job carries
+
+
+SECRET = "s3cret of a customer"
+
+
+@pytest.fixture
+def secretive(database: str) -> Iterator[Connection]:
+    """A connection to that database, in which each job has a secret in its args."""
+    with psycopg.connect(at_path(database, CLEAN_PATH), autocommit=True) as connection:
+        connection.execute("UPDATE procrastinate_jobs SET args = jsonb_build_object('password', %s::text)", [SECRET])
+        yield connection
+
+
+def our_rows(connection: Connection) -> str:
+    """All that is in our tables."""
+    ours = {name: found for name, found in contents(connection).items() if name.startswith("procrastinate_stalled.")}
+    assert ours.keys() >= {f"procrastinate_stalled.{name}" for name in ("rescues", "sweeps", "orphans", "rules")}
+    return str(ours)
+
+
+def test_the_args_of_jobs_come_into_no_table_of_ours_and_into_no_log(secretive: Connection, server: Server) -> None:
+    for call in CALLS.values():
+        with secretive.transaction(force_rollback=True):
+            secretive.execute("CREATE ROLE somebody")
+            with suppress(psycopg.Error), secretive.transaction():
+                secretive.execute(call)
+            assert SECRET not in our_rows(secretive)
+
+    (refused, *others) = rows(
+        secretive, "SELECT id FROM procrastinate_jobs WHERE status = 'doing' ORDER BY task_name <> 'refused', id"
+    )
+    with pytest.raises(psycopg.errors.RaiseException):
+        Stalled(secretive).retry_job(refused["id"])
+    with secretive.transaction(force_rollback=True):
+        for job in others:
+            with suppress(psycopg.errors.UniqueViolation), secretive.transaction():
+                Stalled(secretive).retry_job(job["id"])
+        assert "manual" in our_rows(secretive)
+        assert SECRET not in our_rows(secretive)
+    Stalled(secretive).sweep()
+    Stalled(secretive).retry_stalled_jobs(seconds_since_heartbeat=0.001)
+
+    found = our_rows(secretive)
+    for kind in ("retried", "failed", "aborted", f"job {refused['id']}: refused"):
+        assert kind in found
+    assert SECRET not in found
+    log = (server.folder / "log").read_text()
+    assert "ERROR:  refused" in log
+    assert SECRET not in log
+
+
+def test_the_error_of_a_trigger_of_the_users_is_kept_as_it_is_whatever_it_says(secretive: Connection) -> None:
+    secretive.execute(
+        """
+        CREATE OR REPLACE FUNCTION tasks.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE 'refused: %', old.args;
+        END;
+        $$
+        """
+    )
+
+    Stalled(secretive).sweep()
+
+    (sweep,) = rows(secretive, "SELECT error FROM procrastinate_stalled.sweeps WHERE error IS NOT NULL")
+    assert SECRET in sweep["error"]
 
 
 # Tables
