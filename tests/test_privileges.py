@@ -299,6 +299,33 @@ def test_nobody_may_anything_whatever_the_default_privileges_are(server: Server)
         connection.rollback()
 
 
+def test_a_role_that_default_privileges_name_has_what_they_give_until_it_is_revoked(server: Server) -> None:
+    with server.database() as conninfo, psycopg.connect(conninfo) as connection:
+        connection.execute(sql.SQL("CREATE SCHEMA {0}; SET search_path = {0}").format(sql.Identifier(SCHEMA)))
+        connection.execute(resources.files("procrastinate.sql").joinpath("schema.sql").read_bytes())
+        connection.execute(
+            """
+            CREATE ROLE readonly;
+            ALTER DEFAULT PRIVILEGES GRANT USAGE ON SCHEMAS TO readonly;
+            ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO readonly;
+            ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON ROUTINES TO readonly;
+            """
+        )
+
+        connection.execute(migration_sql().encode())
+
+        assert privileges(connection, "readonly") == (
+            {"USAGE procrastinate_stalled"}
+            | {table for table in READ_TABLES if "procrastinate" not in table}
+            | {f"EXECUTE {function}" for function in READ_FUNCTIONS | RESCUE_FUNCTIONS | OWNER_FUNCTIONS}
+        )
+        connection.execute("REVOKE USAGE ON SCHEMA procrastinate_stalled FROM readonly; SET ROLE readonly")
+        for statement in ("TABLE procrastinate_stalled.rescues", "SELECT procrastinate_stalled.version()"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="for schema"), connection.transaction():
+                connection.execute(statement)
+        connection.rollback()
+
+
 def test_the_functions_that_a_monitor_may_call_cannot_write(owner: Connection) -> None:
     volatile = rows(
         owner,
@@ -761,14 +788,24 @@ def test_who_is_a_member_of_the_owners_may_grant(owner: Connection) -> None:
     assert privileges(owner, "operator") == OPERATOR
 
 
-def test_what_was_granted_outlives_an_upgrade_and_what_is_new_is_granted_by_the_next_call(owner: Connection) -> None:
+def test_what_was_granted_outlives_an_upgrade_but_for_public_and_what_is_new_is_granted_by_the_next_call(
+    owner: Connection,
+) -> None:
     grant(owner, "monitor", "monitor")
     grant(owner, "operator", "operator")
+    owner.execute(
+        """
+        GRANT USAGE ON SCHEMA procrastinate_stalled TO PUBLIC;
+        GRANT SELECT ON procrastinate_stalled.rescues TO PUBLIC;
+        GRANT EXECUTE ON FUNCTION procrastinate_stalled.version TO PUBLIC;
+        """
+    )
 
     owner.execute(migration_sql().encode())
 
     assert privileges(owner, "monitor") == MONITOR
     assert privileges(owner, "operator") == OPERATOR
+    assert privileges(owner, "stranger") == set()
 
     owner.execute(
         """
