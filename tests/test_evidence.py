@@ -552,6 +552,7 @@ def test_a_start_in_the_far_future_is_no_start(minute: Connection) -> None:
 def test_with_seconds_neither_an_outage_nor_the_lack_of_a_worker_counts(
     nobody: Connection, arguments: dict[str, Any]
 ) -> None:
+    # Right after a restart: a living worker that has not beaten yet is robbed.
     set_available(nobody, 10)
     job = add_stalled_job(nobody, silent_for=50, started_ago=50)
     stalled = Stalled(nobody)
