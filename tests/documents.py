@@ -287,6 +287,12 @@ class Scene:
         install_procrastinate(shop)
         install(shop)
 
+    def setup_installed_anew_in_database_shop_new(self) -> None:
+        """There is a database `shop_new` in which Procrastinate and the product were just installed."""
+        shop_new = self._create_database("shop_new")
+        install_procrastinate(shop_new)
+        install(shop_new)
+
     def setup_jobs_of_dead_workers(self) -> None:
         """The worker of the jobs 2, 3 and 5 is silent, a living one runs job 6, and job 7 is an orphan."""
         self.workers.close()

@@ -1,6 +1,7 @@
 """pg_dump and pg_restore of a database with this product in it, by migrations and as an extension."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +35,7 @@ def server() -> Iterator[Server]:
 def original(server: Server, way: str) -> Iterator[str]:
     """The address of a database with Procrastinate and this product, and rows in each table."""
     with server.database() as conninfo:
-        install_procrastinate(conninfo)
-        if way == "extension":
-            create_extension(conninfo)
-        else:
-            install(conninfo)
+        install_freshly(conninfo, way)
         with psycopg.connect(conninfo, autocommit=True) as connection:
             fill(connection)
         yield conninfo
@@ -49,6 +46,14 @@ def copy(server: Server) -> Iterator[str]:
     """The address of an empty database."""
     with server.database() as conninfo:
         yield conninfo
+
+
+def install_freshly(conninfo: str, way: str) -> None:
+    install_procrastinate(conninfo)
+    if way == "extension":
+        create_extension(conninfo)
+    else:
+        install(conninfo)
 
 
 def fill(connection: Connection) -> None:
@@ -154,6 +159,60 @@ def test_a_copy_of_the_schema_alone_gets_the_first_rows_from_its_first_sweep(
         connection.execute("UPDATE procrastinate_events SET at = at - interval '1 hour'")
         Stalled(connection).sweep()
         assert get_job(connection, job)["status"] == "todo"
+    assert definitions(copy) == definitions(original)
+
+
+def copy_rows(original: str, copy: str, folder: Path) -> list[str]:
+    """Dump the rows of a database, restore them into one that is installed, and return the tables that were refused."""
+    dump = folder / "dump"
+    subprocess.run(
+        [postgresql_program("pg_dump"), "--data-only", "--format=custom", f"--file={dump}", original], check=True
+    )
+    done = subprocess.run(
+        [postgresql_program("pg_restore"), "--data-only", "--disable-triggers", f"--dbname={copy}", dump],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return sorted(re.findall(r'COPY failed for table "(\w+)": ERROR:  duplicate key', done.stderr))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rows_of_a_dump_alone_are_refused_by_a_fresh_install_whose_own_rule_then_is_in_force(
+    original: str, copy: str, tmp_path: Path, way: str
+) -> None:
+    install_freshly(copy, way)
+    with psycopg.connect(original) as connection:
+        add_rule(connection, "default", position=300, action="fail")
+
+    refused = copy_rows(original, copy, tmp_path)
+
+    yoyo = ["_yoyo_migration", "_yoyo_version"] if way == "migrations" else []
+    assert refused == [*yoyo, "rules", "settings"]
+    with psycopg.connect(copy) as connection:
+        assert rows(connection, "SELECT name, action FROM procrastinate_stalled.rules") == [
+            {"name": "default", "action": "retry"}
+        ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rows_of_a_dump_alone_are_restored_where_those_of_the_fresh_install_were_deleted_before(
+    original: str, copy: str, tmp_path: Path, way: str
+) -> None:
+    install_freshly(copy, way)
+    with psycopg.connect(copy) as connection:
+        connection.execute("TRUNCATE procrastinate_stalled.rules, procrastinate_stalled.settings")
+        if way == "migrations":
+            connection.execute("TRUNCATE procrastinate_stalled._yoyo_migration, procrastinate_stalled._yoyo_version")
+
+    assert copy_rows(original, copy, tmp_path) == []
+
+    with psycopg.connect(original, autocommit=True) as there, psycopg.connect(copy, autocommit=True) as here:
+        assert contents(here) == contents(there)
+        Stalled(here).sweep()
+        assert rows(here, "SELECT id FROM procrastinate_stalled.rescues ORDER BY id") == [{"id": 1}, {"id": 2}]
+    if way == "migrations":
+        assert install(copy) == []
     assert definitions(copy) == definitions(original)
 
 
