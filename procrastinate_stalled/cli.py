@@ -218,7 +218,10 @@ def install(context: typer.Context) -> None:
 
 @app.command()
 def uninstall(context: typer.Context) -> None:
-    """Remove the pg_cron job and the schema procrastinate_stalled, with the record of all rescues."""
+    """Remove the pg_cron job and the schema procrastinate_stalled, with the record of all rescues.
+
+    Views of yours on what is in the schema are dropped too, without a word.
+    """
     from procrastinate_stalled import installation
 
     with _spinner("Uninstalling"):

@@ -136,6 +136,8 @@ def install(conninfo: str = "") -> list[str]:
 def uninstall(conninfo: str = "") -> bool:
     """Remove the pg_cron job, the schema and yoyo's record of our migrations, in one transaction.
 
+    Views of yours on what is in the schema are dropped too.
+
     It does not matter how the schema was installed. The tables that the plain ``yoyo`` command made
     for itself stay, without our migrations: they may be your application's. Where pg_cron lives in
     another database, the job can only be removed there; a warning in the log of this module has the

@@ -287,6 +287,16 @@ class Scene:
         install_procrastinate(shop)
         install(shop)
 
+    def setup_a_view_of_the_users(self) -> None:
+        """The user has made the view `rescues_by_day` on one of our tables."""
+        self._execute(
+            """
+            CREATE VIEW rescues_by_day AS
+                SELECT rescued_at::date, count(*) FROM procrastinate_stalled.rescues GROUP BY 1
+            """,
+            conninfo=self.owner,
+        )
+
     def setup_installed_anew_in_database_shop_new(self) -> None:
         """There is a database `shop_new` in which Procrastinate and the product were just installed."""
         shop_new = self._create_database("shop_new")

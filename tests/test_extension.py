@@ -188,6 +188,14 @@ def test_an_uninstall_removes_the_extension_too(connection: Connection, database
     create_extension(database)
 
 
+def test_the_extension_is_not_dropped_from_under_a_view_of_the_users(connection: Connection, database: str) -> None:
+    create_extension(database)
+    connection.execute("CREATE VIEW mine AS SELECT job_id FROM procrastinate_stalled.rescues")
+
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist):
+        connection.execute("DROP EXTENSION procrastinate_stalled")
+
+
 def test_it_is_refused_where_procrastinate_is_absent(extension_server: Server) -> None:
     with extension_server.database() as empty:
         before = dump(empty)

@@ -299,6 +299,23 @@ def test_an_uninstall_removes_what_psql_installed(procrastinate_database: str) -
     assert dump(procrastinate_database) == before
 
 
+def test_an_uninstall_drops_the_views_of_others_on_what_is_ours(procrastinate_database: str) -> None:
+    install(procrastinate_database)
+    with psycopg.connect(procrastinate_database) as connection:
+        connection.execute(
+            """
+            CREATE VIEW on_a_table AS SELECT job_id FROM procrastinate_stalled.rescues;
+            CREATE MATERIALIZED VIEW on_a_function AS SELECT name FROM procrastinate_stalled.status();
+            CREATE VIEW on_a_view AS SELECT * FROM on_a_table;
+            """
+        )
+
+    uninstall(procrastinate_database)
+
+    with psycopg.connect(procrastinate_database) as connection:
+        assert connection.execute("SELECT relname FROM pg_class WHERE relname ~ '^on_a_'").fetchall() == []
+
+
 def test_an_uninstall_removes_what_the_yoyo_command_installed_and_nothing_of_the_applications(
     procrastinate_database: str, tmp_path: Path
 ) -> None:
