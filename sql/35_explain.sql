@@ -263,6 +263,7 @@ AS $$
 DECLARE
     explained procrastinate_stalled.explained_job;
     explained_queueing_lock text;
+    waiting record;
     doing_ids bigint[];
 BEGIN
     IF explain_job.job_id IS NULL THEN
@@ -303,9 +304,40 @@ BEGIN
         RETURN explained;
     END IF;
 
+    -- As procrastinate_fetch_job_v2 does it: a job in doing keeps back all that have its lock, and one in todo, due or not,
+    -- those that come after it.
+    SELECT CASE WHEN job.scheduled_at > now() THEN job.scheduled_at END AS scheduled_at,
+           (
+               SELECT other.id
+                   FROM procrastinate_jobs AS other
+                   WHERE other.lock = job.lock AND other.status = 'doing'
+           ) AS running_id,
+           (
+               SELECT other.id
+                   FROM procrastinate_jobs AS other
+                   WHERE other.lock = job.lock
+                       AND other.status = 'todo'
+                       AND (other.priority > job.priority OR other.priority = job.priority AND other.id < job.id)
+                   ORDER BY other.priority DESC, other.id
+                   LIMIT 1
+           ) AS first_id
+        INTO waiting
+        FROM procrastinate_jobs AS job
+        WHERE job.id = explain_job.job_id AND job.status = 'todo';
+
     explained.verdict := CASE WHEN explained.job_id IS NULL THEN 'no such job' ELSE 'not doing' END;
     explained.sentence := CASE
         WHEN explained.job_id IS NULL THEN format('there is no job %s: it was deleted, or never existed in this database', job_id)
+        WHEN waiting.running_id IS NOT NULL OR waiting.first_id IS NOT NULL OR waiting.scheduled_at IS NOT NULL THEN concat_ws('; ',
+            'it waits in todo',
+            'it is scheduled for ' || procrastinate_stalled._in_words(waiting.scheduled_at),
+            CASE
+                WHEN waiting.running_id IS NOT NULL
+                    THEN format('job %1$s in doing has its lock: see explain_job(%1$s)', waiting.running_id)
+                WHEN waiting.first_id IS NOT NULL
+                    THEN format('job %1$s in todo has its lock and comes first: see explain_job(%1$s)', waiting.first_id)
+            END
+        )
         WHEN explained.status = 'todo' THEN 'it waits in todo for a worker to fetch it: there is nothing to rescue'
         WHEN explained.status IN ('succeeded', 'failed', 'cancelled', 'aborted')
             THEN format('it has ended, its status is %s: there is nothing to rescue', explained.status)

@@ -545,6 +545,91 @@ def test_a_job_that_is_not_in_doing_is_not_judged(transaction: Connection, statu
     assert Stalled(transaction).explain_jobs() == []
 
 
+def sentence_of(connection: Connection, job: int) -> str:
+    """The sentence about a job that is not in doing."""
+    explained = Stalled(connection).explain_job(job)
+    assert (explained.verdict, explained.action) == ("not doing", None)
+    return explained.sentence
+
+
+def is_fetched(connection: Connection, job: int) -> bool:
+    """Whether a worker that fetches all jobs it can fetch now gets this one."""
+    with connection.transaction(force_rollback=True):
+        worker = add_worker(connection)
+        while True:
+            (fetched,) = rows(connection, "SELECT id FROM procrastinate_fetch_job_v2(NULL, %s)", worker)
+            if fetched["id"] in {None, job}:
+                return bool(fetched["id"] == job)
+
+
+def test_of_a_scheduled_job_it_is_told_when_it_is_due(noon: Connection) -> None:
+    (times,) = rows(
+        noon, "SELECT now() AS now, now() + interval '90 seconds' AS later, now() + interval '2 days' AS far"
+    )
+    job = add_job(noon, "todo", scheduled_at=times["later"])
+    assert not is_fetched(noon, job)
+    assert sentence_of(noon, job) == f"it waits in todo; it is scheduled for {moment(noon)(90)}"
+
+    update_job(noon, job, scheduled_at=times["far"])
+    assert sentence_of(noon, job) == f"it waits in todo; it is scheduled for {moment(noon)(2 * DAY)}"
+
+    update_job(noon, job, scheduled_at="infinity")
+    assert sentence_of(noon, job) == "it waits in todo; it is scheduled for infinity"
+
+    update_job(noon, job, scheduled_at=times["now"])
+    assert sentence_of(noon, job) == "it waits in todo for a worker to fetch it: there is nothing to rescue"
+    assert is_fetched(noon, job)
+
+
+def test_of_a_job_whose_lock_another_one_holds_that_one_is_named(noon: Connection) -> None:
+    first, running, job = (add_job(noon, "todo", lock="lock") for _ in range(3))
+    update_job(noon, running, status="doing")
+    (row,) = rows(noon, "SELECT now() + interval '1 hour' AS later")
+    holder = f"job {running} in doing has its lock: see explain_job({running})"
+
+    assert not is_fetched(noon, job)
+    assert sentence_of(noon, job) == sentence_of(noon, first) == f"it waits in todo; {holder}"
+
+    update_job(noon, job, scheduled_at=row["later"])
+    assert sentence_of(noon, job) == f"it waits in todo; it is scheduled for {moment(noon)(HOUR)}; {holder}"
+
+
+@pytest.mark.parametrize(
+    ("other", "comes_first"),
+    [
+        # Whether it comes first if it is the older one, and if it is the newer one.
+        ({"priority": 0}, {True: True, False: False}),
+        ({"priority": 0, "scheduled_at": "infinity"}, {True: True, False: False}),
+        ({"priority": 1}, {True: True, False: True}),
+        ({"priority": 1, "lock": "other"}, {True: False, False: False}),
+        ({"priority": 1, "lock": None}, {True: False, False: False}),
+        ({"priority": 1, "status": "cancelled"}, {True: False, False: False}),
+        ({"priority": -1}, {True: False, False: False}),
+    ],
+)
+@pytest.mark.parametrize("is_older", [True, False])
+def test_of_a_job_that_another_one_with_its_lock_precedes_that_one_is_named(
+    transaction: Connection, other: dict[str, Any], comes_first: dict[bool, bool], *, is_older: bool
+) -> None:
+    ids = [add_job(transaction, "todo", lock="lock") for _ in range(2)]
+    first, job = ids if is_older else reversed(ids)
+    update_job(transaction, first, **other)
+
+    assert is_fetched(transaction, job) != comes_first[is_older]
+    assert sentence_of(transaction, job) == (
+        f"it waits in todo; job {first} in todo has its lock and comes first: see explain_job({first})"
+        if comes_first[is_older]
+        else "it waits in todo for a worker to fetch it: there is nothing to rescue"
+    )
+
+
+def test_jobs_without_a_lock_do_not_wait_for_each_other(transaction: Connection) -> None:
+    add_job(transaction, lock=None)
+    add_job(transaction, "todo", lock=None)
+    job = add_job(transaction, "todo", lock=None)
+    assert sentence_of(transaction, job) == "it waits in todo for a worker to fetch it: there is nothing to rescue"
+
+
 @pytest.mark.parametrize("job", [0, -1, 2**63 - 1])
 def test_a_job_that_does_not_exist_is_explained_too(transaction: Connection, job: int) -> None:
     explained = Stalled(transaction).explain_job(job)
