@@ -71,17 +71,8 @@ DECLARE
     prospect text;
     consequence text;
 BEGIN
-    IF judged.verdict = 'ignored' THEN
-        RETURN CASE
-            WHEN judged.pause_name IS NOT NULL AND judged.next_rule_name IS NULL
-                THEN format('"%s" ignores it, and no other rule matches it: nothing is ever done to it', judged.pause_name)
-            WHEN judged.next_rule_name IS NULL THEN 'no rule matches it: nothing is ever done to it'
-            ELSE format('%s ignores it: nothing is ever done to it', rule_name)
-        END;
-    END IF;
-
     evidence := CASE
-        WHEN judged.reason IS NULL AND judged.worker_id IS NULL AND judged.heartbeat_timeout IS NOT NULL THEN
+        WHEN judged.reason IS NULL AND judged.worker_id IS NULL AND to_regproc('procrastinate_fetch_job_v1') IS NOT NULL THEN
             'it names no worker, and those of Procrastinate 3.0, which never do, may still run (procrastinate_fetch_job_v1 is there until the migration 3.1 post)'
         WHEN judged.reason = 'run_timeout' THEN
             format('it has run for %s', procrastinate_stalled._in_words(now() - greatest(judged.started_at, 'epoch')))
@@ -99,6 +90,15 @@ BEGIN
         ELSE
             format('worker %s was last heard %s ago', judged.worker_id, procrastinate_stalled._in_words(now() - judged.last_heartbeat))
     END;
+
+    IF judged.verdict = 'ignored' THEN
+        RETURN concat_ws('; ', evidence, CASE
+            WHEN judged.pause_name IS NOT NULL AND judged.next_rule_name IS NULL
+                THEN format('"%s" ignores it, and no other rule matches it: nothing is ever done to it', judged.pause_name)
+            WHEN judged.next_rule_name IS NULL THEN 'no rule matches it: nothing is ever done to it'
+            ELSE format('%s ignores it: nothing is ever done to it', rule_name)
+        END);
+    END IF;
 
     patience := CASE
         WHEN judged.reason = 'run_timeout' THEN

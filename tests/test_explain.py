@@ -406,27 +406,38 @@ SCENES = {
     "ignored": (
         Scene(rule={"name": "hands off", "action": "ignore", "run_timeout": "1 minute"}, silent_for=400),
         ("ignored", None, None, "ignore", "rule"),
-        'rule "hands off" ignores it: nothing is ever done to it',
+        'worker {worker} was last heard 6 min 40 s ago; rule "hands off" ignores it: nothing is ever done to it',
+    ),
+    "ignored orphan": (
+        Scene(rule={"name": "never", "action": "ignore"}, silent_for=None, noted=100),
+        ("ignored", None, None, "ignore", "rule"),
+        f"{ORPHAN.format(-100)}; rule never ignores it: nothing is ever done to it",
     ),
     "no rule": (
         Scene(rule=None, silent_for=400),
         ("ignored", None, None, "ignore", "no rule"),
-        "no rule matches it: nothing is ever done to it",
+        "worker {worker} was last heard 6 min 40 s ago; no rule matches it: nothing is ever done to it",
     ),
     "no rule for its task": (
         Scene(rule={"name": "default", "task_name": "other"}, silent_for=None),
         ("ignored", None, None, "ignore", "no rule"),
-        "no rule matches it: nothing is ever done to it",
+        (
+            "the row of its worker is gone, which the next sweep will note; "
+            "no rule matches it: nothing is ever done to it"
+        ),
     ),
     "ignored in a pause": (
         Scene(rule={"name": "never", "action": "ignore"}, pause={}),
         ("ignored", None, None, "ignore", "rule"),
-        "rule never ignores it: nothing is ever done to it",
+        "worker {worker} was last heard 3 min 12 s ago; rule never ignores it: nothing is ever done to it",
     ),
     "no rule behind a pause": (
         Scene(rule=None, pause={}),
         ("ignored", None, None, "ignore", "rule"),
-        '"pause" ignores it, and no other rule matches it: nothing is ever done to it',
+        (
+            "worker {worker} was last heard 3 min 12 s ago; "
+            '"pause" ignores it, and no other rule matches it: nothing is ever done to it'
+        ),
     ),
     # other days
     "since the day before yesterday": (

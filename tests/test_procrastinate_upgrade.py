@@ -334,6 +334,11 @@ def test_a_job_of_a_worker_of_3_0_is_no_orphan(server: Server, stages: dict[str,
             assert (explained.verdict, explained.stalled_at, explained.reason) == ("running", None, None)
             assert "Procrastinate 3.0" in explained.sentence
             assert explained.sentence.endswith("; rule default sets no other limit; it counts as running until it ends")
+            with connection.transaction(force_rollback=True):
+                connection.execute("UPDATE procrastinate_stalled.rules SET action = 'ignore'")
+                ignored = stalled.explain_job(job).sentence
+            assert "Procrastinate 3.0" in ignored
+            assert ignored.endswith("; rule default ignores it: nothing is ever done to it")
             status = {row.name: row for row in stalled.status()}["procrastinate"]
             assert status.level == "warning"
             assert "procrastinate_fetch_job_v1" in status.detail
