@@ -252,10 +252,16 @@ def test_a_job_whose_queueing_lock_another_one_has_is_refused(transaction: Conne
         "message": f"job {job} cannot be retried: another job waits with its queueing lock",
         "detail": f'The queueing lock is "%s k"; job {waiting} has it in todo.',
         "hint": (
-            "Nothing was changed. The waiting job does the same work. Let a sweep end this one (rules.on_duplicate), "
-            "or cancel the waiting one first."
+            "Nothing was changed. The waiting job does the same work. A sweep ends this one once it is stalled: "
+            f"see explain_job({job}). If its worker lives and gave it up: "
+            f"SELECT procrastinate_finish_job_v1({job}, 'failed', false);"
         ),
     }
+
+    # As it stands there, for a worker that gave it up.
+    transaction.execute((parts["hint"] or "").rpartition(": ")[2].encode())
+
+    assert (get_job(transaction, job)["status"], get_job(transaction, waiting)["status"]) == ("failed", "todo")
 
 
 @pytest.mark.parametrize(

@@ -2190,7 +2190,7 @@ EXCEPTION
                 SELECT waiting.id FROM procrastinate_jobs AS waiting
                 WHERE waiting.queueing_lock = job.queueing_lock AND waiting.status = 'todo'
             )),
-            HINT = 'Nothing was changed. The waiting job does the same work. Let a sweep end this one (rules.on_duplicate), or cancel the waiting one first.';
+            HINT = format('Nothing was changed. The waiting job does the same work. A sweep ends this one once it is stalled: see explain_job(%1$s). If its worker lives and gave it up: SELECT procrastinate_finish_job_v1(%1$s, ''failed'', false);', job_id);
 END;
 $$;
 
