@@ -196,6 +196,10 @@ BEGIN
                     THEN 'pg_cron must be able to log in as the job''s role: pg_hba.conf, .pgpass, cron.host, or cron.use_background_workers.'
                     ELSE 'CALL procrastinate_stalled.sweep(); shows the same error with its details.'
                 END;
+            ELSIF cron_run.at < now() - interval '1 hour' THEN
+                level := CASE WHEN cron_run.at < now() - interval '1 day' THEN 'error' ELSE 'warning' END;
+                detail := format('the last run was at %s, %s ago', cron_run.at, procrastinate_stalled._in_words(now() - cron_run.at));
+                hint := 'Is pg_cron''s launcher running? See pg_stat_activity and the server log. By hand: CALL procrastinate_stalled.sweep();';
             ELSE
                 level := 'ok';
                 detail := format('succeeded at %s', cron_run.at);

@@ -388,6 +388,7 @@ def test_status_judges_the_job_and_its_last_run_as_it_does_in_its_own_database(o
 
     for status, message, end, expected in (
         ("succeeded", "CALL", "now", ("ok", "succeeded at ")),
+        ("succeeded", "CALL", "epoch", ("error", "the last run was at ")),
         ("failed", "ERROR:  no\n", "now", ("error", "failed at ")),
         ("failed", "connection failed", None, ("error", "failed at an unknown time: connection failed")),
         ("running", "", None, ("error", "failed at an unknown time: connection failed")),

@@ -951,6 +951,30 @@ def test_the_last_run_of_pg_cron_is_told_with_its_error(scheduled: Connection) -
     assert "log in" in (last_run(scheduled).hint or "")
 
 
+@pytest.mark.parametrize(
+    ("ago", "level", "detail"),
+    [
+        ("59 minutes", "ok", f"succeeded at {TIME}"),
+        ("61 minutes", "warning", f"the last run was at {TIME}, 1 h 1 min ago"),
+        ("23 hours", "warning", f"the last run was at {TIME}, 23 h ago"),
+        ("49 hours", "error", f"the last run was at {TIME}, 2 d 1 h ago"),
+    ],
+)
+def test_a_pg_cron_that_runs_nothing_any_more_is_told_though_somebody_sweeps(
+    scheduled: Connection, ago: str, level: str, detail: str
+) -> None:
+    (row,) = rows(scheduled, "SELECT (now() - %s::interval)::text AS at", ago)
+    add_run(scheduled, "succeeded", end=row["at"])
+    Stalled(scheduled).retry_stalled_jobs(queue="x")
+
+    status = check_rows(scheduled, NAMES_WITH_SCHEDULE)
+
+    assert status["last_sweep"].level == "ok"
+    assert status["last_run"].level == level
+    assert re.fullmatch(detail, status["last_run"].detail), status["last_run"].detail
+    assert level == "ok" or (status["last_run"].hint or "").startswith("Is pg_cron's launcher running?")
+
+
 def test_the_runs_of_other_jobs_do_not_count(scheduled: Connection) -> None:
     add_run(scheduled, "failed")
     scheduled.execute("UPDATE cron.job_run_details SET jobid = jobid + 1")
