@@ -22,7 +22,7 @@ from tests.jobs import (
     rows,
 )
 from tests.procrastinate_release import AS_OF
-from tests.server import Server, database_name, install_procrastinate, streaming_standby
+from tests.server import FAST, Server, database_name, install_procrastinate, streaming_standby, throwaway_server
 
 NAMES = [
     "procrastinate",
@@ -979,6 +979,35 @@ def test_the_runs_of_other_jobs_do_not_count(scheduled: Connection) -> None:
     add_run(scheduled, "failed")
     scheduled.execute("UPDATE cron.job_run_details SET jobid = jobid + 1")
     assert last_run(scheduled).detail == "pg_cron has not run the job yet"
+
+
+def test_without_a_record_of_runs_none_is_missed() -> None:
+    with (
+        throwaway_server(cron_database="cron", settings=FAST | {"cron.log_run": "off"}) as server,
+        psycopg.connect(server.conninfo("cron"), autocommit=True) as connection,
+    ):
+        install_procrastinate(server.conninfo("cron"))
+        install(server.conninfo("cron"))
+        Stalled(connection).schedule(schedule="0 0 31 12 *")
+        unrecorded = Status(
+            "last_run", "ok", "pg_cron keeps no record of runs, because cron.log_run is off: see last_sweep", None
+        )
+        assert last_run(connection) == unrecorded
+        # Of the time before it was off.
+        add_run(connection, "failed", end="epoch")
+        assert last_run(connection) == unrecorded
+
+        connection.execute(
+            "TRUNCATE cron.job_run_details; CREATE ROLE ordinary; GRANT USAGE ON SCHEMA cron TO ordinary"
+        )
+        Stalled(connection).grant_monitor("ordinary")
+        connection.execute("ALTER ROLE ordinary LOGIN; UPDATE cron.job SET username = 'ordinary'; SET ROLE ordinary")
+        row = last_run(connection)
+        assert (row.level, row.detail) == ("warning", "pg_cron has not run the job yet")
+        connection.execute("RESET ROLE")
+        connection.execute((row.hint or "").rpartition(": ")[2].encode())
+        connection.execute("SET ROLE ordinary")
+        assert last_run(connection) == unrecorded
 
 
 def test_a_locked_table_is_told_and_not_waited_for(connect: Connect, connection: Connection) -> None:

@@ -3534,10 +3534,18 @@ BEGIN
                     INTO cron_run
                     FROM jsonb_to_record(cron_job.last_run) AS run (status text, return_message text, at timestamp with time zone);
             END IF;
-            IF cron_run.status IS NULL THEN
+            -- Other roles are refused this setting.
+            IF pg_has_role('pg_read_all_settings', 'USAGE') AND current_setting('cron.log_run', true) = 'off' THEN
+                level := 'ok';
+                detail := 'pg_cron keeps no record of runs, because cron.log_run is off: see last_sweep';
+                hint := NULL;
+            ELSIF cron_run.status IS NULL THEN
                 level := 'warning';
                 detail := 'pg_cron has not run the job yet';
-                hint := 'Wait a minute. If nothing comes, look into the server log for pg_cron.';
+                hint := 'Wait a minute. If nothing comes, look into the server log for pg_cron.' || CASE
+                    WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN ''
+                    ELSE format(' If cron.log_run is off, pg_cron keeps no record of runs; for this role to see that, as a superuser: GRANT pg_read_all_settings TO %I;', current_user)
+                END;
             ELSIF cron_run.status <> 'succeeded' THEN
                 level := 'error';
                 detail := format('%s at %s: %s', cron_run.status, coalesce(cron_run.at::text, 'an unknown time'), btrim(cron_run.return_message, E' \n'));
