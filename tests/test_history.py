@@ -599,3 +599,32 @@ def test_status_tells_how_many_there_were_and_who_made_them(mistakes: Mistakes) 
     )
     assert row.hint
     assert "longer heartbeat_timeout" in row.hint
+
+
+BY_RULE = "Give that rule a longer heartbeat_timeout or run_timeout."
+BY_HAND = "Before retry_job(), see explain_job() and workers()."
+
+
+def test_the_hint_is_for_those_who_made_the_mistakes(mistakes: Mistakes) -> None:
+    def check_hint(*advice: str) -> None:
+        assert mistakes.status().hint == " ".join(
+            [
+                "Their workers were alive.",
+                *advice,
+                "Only those that finished before their retry was started can be seen.",
+            ]
+        )
+
+    by_hand = add_job(mistakes.connection)
+    Stalled(mistakes.connection).retry_job(by_hand)
+    mistakes.finish(by_hand)
+    check_hint(BY_HAND)
+
+    # The name of a rule may be any.
+    add_rule(mistakes.connection, "retry_job()")
+    by_rule = mistakes.rescue()
+    mistakes.finish(by_rule)
+    check_hint(BY_RULE, BY_HAND)
+
+    mistakes.connection.execute("DELETE FROM procrastinate_stalled.rescues WHERE job_id = %s", [by_hand])
+    check_hint(BY_RULE)

@@ -3793,6 +3793,8 @@ BEGIN
                 GROUP BY culprit
         )
         SELECT (SELECT coalesce(sum(number), 0) FROM mistake) AS mistakes,
+               EXISTS (SELECT FROM mistake WHERE culprit <> 'retry_job()') AS by_rule,
+               EXISTS (SELECT FROM mistake WHERE culprit = 'retry_job()') AS by_hand,
                (SELECT string_agg(format('%s by %s', number, culprit), ', ' ORDER BY number DESC, culprit) FROM mistake) AS culprits,
                (
                    SELECT count(*)
@@ -3806,7 +3808,12 @@ BEGIN
                 ' (%s %%) were of jobs whose former run finished after all: %s',
                 round(100 * facts.mistakes / greatest(facts.retries, 1), 1), facts.culprits
             ) END;
-        hint := CASE WHEN facts.mistakes > 0 THEN 'Their workers were alive: give that rule a longer heartbeat_timeout or run_timeout. Only those that finished before their retry was started can be seen.' END;
+        hint := CASE WHEN facts.mistakes > 0 THEN concat_ws(' ',
+            'Their workers were alive.',
+            CASE WHEN facts.by_rule THEN 'Give that rule a longer heartbeat_timeout or run_timeout.' END,
+            CASE WHEN facts.by_hand THEN 'Before retry_job(), see explain_job() and workers().' END,
+            'Only those that finished before their retry was started can be seen.'
+        ) END;
     EXCEPTION WHEN OTHERS THEN
         level := 'error';
         detail := SQLERRM;
