@@ -325,6 +325,12 @@ BEGIN
                count(*) FILTER (WHERE verdict = 'held') AS held,
                string_agg(DISTINCT coalesce(pause_name, 'no living worker'), ', ') FILTER (WHERE verdict = 'held') AS held_by,
                count(*) FILTER (WHERE verdict = 'stalled' AND action <> 'wait') AS due,
+               (
+                   SELECT count(*)
+                       FROM procrastinate_stalled._judge(seconds_since_heartbeat => '5 minutes')
+                       -- A pause ends, and then the rules decide.
+                       WHERE verdict = 'ignored' AND pause_name IS NULL
+               ) AS ignored,
                EXISTS (
                    SELECT
                        FROM procrastinate_stalled.sweeps
@@ -335,14 +341,18 @@ BEGIN
         detail := format('%s in doing, %s stalled', facts.doing, facts.stalled)
             || CASE WHEN facts.waiting > 0 THEN format(' (%s of them wait for a job with the same queueing lock)', facts.waiting) ELSE '' END
             || format(', %s held', facts.held)
-            || CASE WHEN facts.held > 0 THEN format(' (%s)', facts.held_by) ELSE '' END;
+            || CASE WHEN facts.held > 0 THEN format(' (%s)', facts.held_by) ELSE '' END
+            || CASE WHEN facts.ignored > 0 THEN format(', %s ignored by the rules though the worker is silent or gone', facts.ignored) ELSE '' END;
         IF facts.due > 0 AND NOT facts.swept THEN
             level := 'error';
             detail := detail || '; and there was no sweep in the last hour';
             hint := 'See the rows schedule, last_run and last_sweep. By hand: CALL procrastinate_stalled.sweep();';
-        ELSIF facts.stalled + facts.held > 0 THEN
+        ELSIF facts.stalled + facts.held + facts.ignored > 0 THEN
             level := 'warning';
-            hint := 'Which, why, and what becomes of them: SELECT * FROM procrastinate_stalled.explain_jobs() WHERE verdict IN (''stalled'', ''held'');';
+            hint := concat_ws(' ',
+                CASE WHEN facts.stalled + facts.held > 0 THEN 'Which, why, and what becomes of them: SELECT * FROM procrastinate_stalled.explain_jobs() WHERE verdict IN (''stalled'', ''held'');' END,
+                CASE WHEN facts.ignored > 0 THEN 'No sweep touches the ignored ones; decide yourself: SELECT * FROM procrastinate_stalled.get_stalled_jobs(seconds_since_heartbeat => 300) WHERE action = ''ignore'';' END
+            );
         ELSE
             level := 'ok';
             hint := NULL;
@@ -479,9 +489,9 @@ $$The health of the whole, one row per check. It never raises, whatever is missi
 
 Returns:
   name    procrastinate (its schema and version), schedule (pg_cron's job), last_run (of that job, if there is one),
-          last_sweep (by any means), available_since (of the server: precise or not), workers, jobs (stalled and held),
-          given_up (jobs that a living worker probably abandoned), rules (those that can bite), pauses, false_rescues
-          (retries of the last 7 days whose former run finished after all)
+          last_sweep (by any means), available_since (of the server: precise or not), workers, jobs (stalled, held,
+          or ignored though silent for 5 minutes), given_up (jobs that a living worker probably abandoned), rules (those
+          that can bite), pauses, false_rescues (retries of the last 7 days whose former run finished after all)
   level   ok, warning or error
   detail  the fact
   hint    the remedy; NULL where all is well$$;

@@ -317,10 +317,57 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
     ),
     "ignored jobs": (
         "jobs",
-        all_of(statement("DELETE FROM procrastinate_stalled.rules"), put(add_stalled_job)),
+        all_of(
+            put(add_rule, "hands off", task_name="ignored", action="ignore"),
+            put(add_stalled_job, silent_for=300, task_name="ignored"),
+            put(add_busy_worker, task_name="ignored"),
+        ),
         "ok",
-        "1 in doing, 0 stalled, 0 held",
+        "2 in doing, 0 stalled, 0 held",
         "",
+    ),
+    "ignored jobs of silent workers and of none": (
+        "jobs",
+        all_of(
+            # Whatever the other rules wait for.
+            statement("UPDATE procrastinate_stalled.rules SET heartbeat_timeout = '1 day'"),
+            put(add_rule, "hands off", task_name="ignored", action="ignore"),
+            put(add_stalled_job, silent_for=301, task_name="ignored"),
+            put(add_job, task_name="ignored"),
+            put(add_stalled_job),
+        ),
+        "warning",
+        "3 in doing, 0 stalled, 0 held, 2 ignored by the rules though the worker is silent or gone",
+        (
+            "No sweep touches the ignored ones; decide yourself: SELECT * FROM "
+            "procrastinate_stalled.get_stalled_jobs(seconds_since_heartbeat => 300) WHERE action = 'ignore';"
+        ),
+    ),
+    "jobs without a rule": (
+        "jobs",
+        all_of(statement("DELETE FROM procrastinate_stalled.rules"), put(add_stalled_job)),
+        "warning",
+        "1 in doing, 0 stalled, 0 held, 1 ignored by the rules though the worker is silent or gone",
+        "get_stalled_jobs(seconds_since_heartbeat => 300) WHERE action = 'ignore'",
+    ),
+    "stalled and ignored jobs": (
+        "jobs",
+        all_of(
+            put(add_rule, "hands off", task_name="ignored", action="ignore"),
+            put(add_stalled_job, task_name="ignored"),
+            put(add_stalled_job),
+            put(add_sweep, "1 minute"),
+        ),
+        "warning",
+        "2 in doing, 1 stalled, 0 held, 1 ignored by the rules though the worker is silent or gone",
+        "explain_jobs() WHERE verdict IN ('stalled', 'held'); No sweep touches the ignored ones",
+    ),
+    "paused jobs are not ignored": (
+        "jobs",
+        all_of(put(add_stalled_job), put(pause)),
+        "warning",
+        r"1 in doing, 0 stalled, 1 held \(pause\)",
+        "explain_jobs() WHERE verdict IN ('stalled', 'held');",
     ),
     "stalled jobs": (
         "jobs",
