@@ -165,6 +165,13 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
         'pg_cron is not installed in database ".*"',
         "sweep from outside",
     ),
+    "one sweep is no schedule, nor is one by a clock that was ahead": (
+        "schedule",
+        all_of(*[put(add_sweep, ago) for ago in ("-1 day", "1 minute")]),
+        "warning",
+        'pg_cron is not installed in database ".*"',
+        "sweep from outside",
+    ),
     "something else sweeps": (
         "schedule",
         all_of(*[put(add_sweep, ago) for ago in ("59 minutes", "1 minute")]),
@@ -409,6 +416,13 @@ FORMS: dict[str, tuple[str, Setup, str, str, str]] = {
     "stalled jobs that nobody sweeps": (
         "jobs",
         all_of(put(add_stalled_job, silent_for=301), put(add_sweep, "61 minutes")),
+        "error",
+        "1 in doing, 1 stalled, 0 held; and there was no sweep in the last hour",
+        "See the rows schedule, last_run and last_sweep.",
+    ),
+    "stalled jobs, and a sweep by a clock that was ahead": (
+        "jobs",
+        all_of(put(add_stalled_job, silent_for=301), put(add_sweep, "-1 day")),
         "error",
         "1 in doing, 1 stalled, 0 held; and there was no sweep in the last hour",
         "See the rows schedule, last_run and last_sweep.",

@@ -81,8 +81,8 @@ def test_the_rows_that_judgements_read_are_kept_for_the_longest_heartbeat_timeou
     add_rule(connection, "hour", heartbeat_timeout="1 hour")
     for minutes in (59, 61):
         connection.execute(
-            "INSERT INTO procrastinate_stalled.sweeps (started_at, doing) VALUES (now() - make_interval(mins => %s), %s)",
-            [minutes, minutes],
+            "INSERT INTO procrastinate_stalled.sweeps (started_at, doing) VALUES (now() - %s, %s)",
+            [timedelta(minutes=minutes), minutes],
         )
     connection.execute(SWEEP)
     assert [sweep["doing"] for sweep in get_sweeps(connection)] == [59, 0]

@@ -3502,7 +3502,7 @@ BEGIN
     END;
     BEGIN
         is_swept := (
-            SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at > now() - interval '1 hour'
+            SELECT count(*) > 1 FROM procrastinate_stalled.sweeps WHERE started_at BETWEEN now() - interval '1 hour' AND clock_timestamp()
         );
         only_looks := is_swept
             AND NOT coalesce(has_function_privilege(to_regprocedure('procrastinate_stalled.sweep(integer)'), 'EXECUTE'), true);
@@ -3683,7 +3683,7 @@ BEGIN
                EXISTS (
                    SELECT
                        FROM procrastinate_stalled.sweeps
-                       WHERE started_at > now() - interval '1 hour'
+                       WHERE started_at BETWEEN now() - interval '1 hour' AND clock_timestamp()
                ) AS swept
             INTO facts
             FROM procrastinate_stalled._judge();
