@@ -115,10 +115,8 @@ CALLS: dict[str, LiteralString] = {
     "resume": "SELECT procrastinate_stalled.resume()",
     "retry_job": """
         SELECT retried.job_id, retried.action, retried.scheduled_at
-            FROM procrastinate_stalled.explain_jobs() AS job
+            FROM (SELECT job_id FROM procrastinate_stalled.explain_jobs() ORDER BY job_id LIMIT 1) AS job
             CROSS JOIN LATERAL procrastinate_stalled.retry_job(job.job_id, queue => 'other', priority => 5) AS retried
-            ORDER BY job.job_id
-            LIMIT 1
     """,
     "retry_stalled_jobs": """
         SELECT job_id, action, reason, detail, rescued_by
