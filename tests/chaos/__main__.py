@@ -209,7 +209,8 @@ def _judge_pg_cron(world: World, verdict: Verdict) -> None:
         SELECT split_part(return_message, E'\n', 1)
         FROM cron.job_run_details
         WHERE status = 'failed' AND return_message LIKE 'ERROR:%%'
-            AND return_message !~ '^ERROR:\s+(canceling statement due to user request|the table \S+ is locked)'
+            AND return_message !~ '^ERROR:\s+canceling statement due to (user request|lock timeout)'
+            AND return_message !~ '^ERROR:\s+the table \S+ is locked'
         """
     ):
         verdict.violations.append(f"a sweep by pg_cron failed: {message}")
