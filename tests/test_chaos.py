@@ -26,6 +26,7 @@ RESCUE = Rescue(
     queue_name="default",
     task_name="task",
 )
+STARTED = Event(7, "started", 99.9)
 EVENT = Event(7, "deferred_for_retry", 110)
 GOOD = Evidence(
     heartbeat_timeout=8,
@@ -35,7 +36,7 @@ GOOD = Evidence(
     runs=[LOST, RETRY],
     statuses={7: "succeeded"},
     rescues=[RESCUE],
-    events=[Event(7, "started", 99.9), EVENT],
+    events=[STARTED, EVENT],
     swept=Counter(retried=1),
 )
 
@@ -98,7 +99,21 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
             "came too soon",
         ),
         (replace(GOOD, rescues=[replace(RESCUE, reason="run_timeout")]), "came too soon"),
-        (replace(GOOD, events=[]), "has no event of its own"),
+        (replace(GOOD, events=[]), "1 rescues and 0 events"),
+        (replace(GOOD, events=[STARTED, EVENT, EVENT]), "1 rescues and 2 events"),
+        (replace(GOOD, rescues=[RESCUE, RESCUE], swept=Counter(retried=2)), "2 rescues and 1 events"),
+        (
+            replace(
+                GOOD,
+                rescues=[RESCUE, replace(RESCUE, at=111)],
+                events=[*GOOD.events, Event(7, "deferred_for_retry", 111)],
+                swept=Counter(retried=2),
+            ),
+            "attempt 0 of job 7 was rescued 2 times",
+        ),
+        (replace(GOOD, rescues=[replace(RESCUE, attempts=1)]), "not of the last fetch before it"),
+        (replace(GOOD, events=[STARTED, STARTED, EVENT]), "not of the last fetch before it"),
+        (replace(GOOD, events=[EVENT, STARTED]), "not of the last fetch before it"),
         (replace(GOOD, events=[EVENT, Event(7, "deferred_for_retry", 111)]), "by no rescue and no worker"),
         (replace(GOOD, events=[EVENT, Event(7, "failed", 111)]), "by no rescue and no worker"),
         (

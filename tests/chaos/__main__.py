@@ -35,17 +35,20 @@ SEQUENCES = {
 
 # Who deletes a job deletes its events too, but not these. And the loss of a worker has no event.
 KEEP_EVENTS: LiteralString = """
-    CREATE TABLE kept_events (job_id bigint, type text, at timestamp with time zone);
+    -- Who changes a job holds its row until the end, so the ids of its events are in their order.
+    CREATE TABLE kept_events (
+        id bigint GENERATED ALWAYS AS IDENTITY, job_id bigint, type text, at timestamp with time zone
+    );
     CREATE FUNCTION keep_event() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
     BEGIN
-        INSERT INTO kept_events VALUES (new.job_id, new.type, new.at);
+        INSERT INTO kept_events (job_id, type, at) VALUES (new.job_id, new.type, new.at);
         RETURN NULL;
     END;
     $$;
     CREATE TRIGGER keep AFTER INSERT ON procrastinate_events FOR EACH ROW EXECUTE FUNCTION keep_event();
     CREATE FUNCTION keep_loss() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS $$
     BEGIN
-        INSERT INTO kept_events VALUES (new.id, 'lost its worker', now());
+        INSERT INTO kept_events (job_id, type, at) VALUES (new.id, 'lost its worker', now());
         RETURN NULL;
     END;
     $$;
@@ -167,7 +170,9 @@ def _judge(world: World) -> Verdict:
         ],
         events=[
             Event(*row)
-            for row in world.query("SELECT job_id, type, extract(epoch FROM at)::double precision FROM kept_events")
+            for row in world.query(
+                "SELECT job_id, type, extract(epoch FROM at)::double precision FROM kept_events ORDER BY id"
+            )
         ],
         pauses=world.pauses,
         swept=Counter(dict(zip(("retried", "failed", "aborted"), *swept, strict=True))),

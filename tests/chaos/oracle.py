@@ -118,6 +118,7 @@ class Evidence:
     """Of the jobs that are in the database."""
     rescues: Sequence[Rescue] = ()
     events: Sequence[Event] = ()
+    """Those of a job in their true order. The time of each is when its transaction began, which may have waited then."""
     pauses: Sequence[Pause] = ()
     swept: Counter[str] = field(default_factory=Counter)
     """What the rows of `sweeps` count: retried, failed, aborted."""
@@ -184,7 +185,7 @@ def judge(evidence: Evidence) -> Verdict:
     """Judge a chaos run."""
     verdict = Verdict()
     fetches: dict[int, list[float]] = defaultdict(list)
-    for event in sorted(evidence.events, key=lambda event: event.at):
+    for event in evidence.events:
         if event.type == "started":
             fetches[event.job].append(event.at)
     runs: dict[int, list[Run]] = defaultdict(list)
@@ -268,23 +269,39 @@ def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
 
 def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """Each rescue has its event, each change that no worker made has its rescue, and sweeps count what they did."""
-    events = Counter((event.job, event.type, event.at) for event in evidence.events)
-    ours = {(rescue.job, EVENT_OF[rescue.action], rescue.at): rescue for rescue in evidence.rescues}
-    verdict.violations += [f"{rescue} has no event of its own" for key, rescue in ours.items() if events[key] != 1]
+    events = Counter(evidence.events)
+    ours = Counter(map(_event, evidence.rescues))
+    for event, times in ours.items():
+        if (times, events[event]) != (1, 1):
+            verdict.violations.append(f"{event} has {times} rescues and {events[event]} events: {_story(runs[event.job])}")
+    for (job, attempts), times in Counter((rescue.job, rescue.attempts) for rescue in evidence.rescues).items():
+        if times > 1:
+            verdict.violations.append(f"attempt {attempts} of job {job} was rescued {times} times: {_story(runs[job])}")
+    started: Counter[int] = Counter()
+    attempts_at: dict[Event, int] = {}
+    for event in evidence.events:
+        attempts_at[event] = started[event.job] - 1
+        started[event.job] += event.type == "started"
+    for rescue in evidence.rescues:
+        if attempts_at.get(_event(rescue), rescue.attempts) != rescue.attempts:
+            verdict.violations.append(f"{rescue} is not of the last fetch before it: {_story(runs[rescue.job])}")
     # A worker's retry of a job that is to be aborted makes it fail.
     outcomes = {"deferred_for_retry": {"retried"}, "failed": {"failed", "retried"}, "aborted": {"aborted"}}
-    for job, event_type, at in events.keys() - ours.keys():
-        told = [run for run in runs[job] if run.outcome in outcomes.get(event_type, ())]
+    for event in events.keys() - ours.keys():
+        told = [run for run in runs[event.job] if run.outcome in outcomes.get(event.type, ())]
         by_a_worker = any(
-            run.telling <= at <= (run.told or run.life.ended_at) for run in told if run.telling is not None
+            run.telling <= event.at <= (run.told or run.life.ended_at) for run in told if run.telling is not None
         )
-        if event_type in outcomes and not by_a_worker:
-            verdict.violations.append(
-                f"job {job} {event_type} at {_second(at)}, by no rescue and no worker: {_story(runs[job])}"
-            )
+        if event.type in outcomes and not by_a_worker:
+            verdict.violations.append(f"{event} was made by no rescue and no worker: {_story(runs[event.job])}")
     done = Counter(rescue.action for rescue in evidence.rescues)
     if +evidence.swept != +done:
         verdict.violations.append(f"the sweeps count {dict(evidence.swept)}, the rescues are {dict(done)}")
+
+
+def _event(rescue: Rescue) -> Event:
+    """The event that the rescue must have."""
+    return Event(rescue.job, EVENT_OF[rescue.action], rescue.at)
 
 
 def _judge_overlaps(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
