@@ -75,7 +75,11 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
         (replace(GOOD, runs=[replace(LOST, ended=101, told=101.5, outcome="failed"), RETRY]), "finished twice"),
         (replace(GOOD, runs=[LOST, RETRY, replace(RETRY, started=113, ended=114, told=None)]), "run 2 times"),
         (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=110.5), RETRY]), "robbed a living worker"),
-        (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=109, told=110.5), RETRY]), "robbed a living worker"),
+        (
+            replace(GOOD, runs=[replace(LOST, life=LIVING, ended=109, telling=109, told=110.5), RETRY]),
+            "robbed a living worker",
+        ),
+        (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=101, telling=101), RETRY]), "robbed a living worker"),
         (replace(GOOD, runs=[replace(LOST, life=LIVING, ended=112), RETRY]), "runs overlapped (lock None)"),
         (
             replace(
@@ -117,6 +121,14 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
         (replace(GOOD, events=[EVENT, Event(7, "deferred_for_retry", 111)]), "by no rescue and no worker"),
         (replace(GOOD, events=[EVENT, Event(7, "failed", 111)]), "by no rescue and no worker"),
         (
+            replace(
+                GOOD,
+                runs=[replace(LOST, life=LIVING, ended=101, telling=101, gave_up=102, outcome="failed"), RETRY],
+                events=[*GOOD.events, Event(7, "failed", 111)],
+            ),
+            "by no rescue and no worker",
+        ),
+        (
             replace(GOOD, statuses={}, runs=[replace(LOST, deletes=True, telling=101.5), RETRY]),
             "job 7 is lost",  # what its worker tried was in vain: it was rescued later
         ),
@@ -142,6 +154,22 @@ def test_who_was_frozen_before_it_knew_that_it_had_got_the_job_is_excused_too() 
 
     assert verdict.violations == []
     assert verdict.excused == {"rescued while it ran": 1, "ran twice at once": 1}
+
+
+def test_a_worker_that_has_given_up_telling_is_not_robbed() -> None:
+    verdict = judge(replace(GOOD, runs=[replace(LOST, life=LIVING, ended=101, telling=101, gave_up=109), RETRY]))
+
+    assert verdict.violations == []
+    assert verdict.figures.total() == 1
+
+
+def test_who_was_frozen_in_a_run_that_finished_nothing_or_last_does_not_excuse_that_a_job_finished_twice() -> None:
+    done = replace(LOST, life=LIVING, ended=101, telling=101, told=101.1, outcome="failed")
+    frozen = Life(5, ended_at=1000, frozen=[(120, 130)])
+    last = replace(RETRY, attempts=2, life=frozen, started=119, ended=131, telling=131, told=131.1)
+
+    for runs in ([done, RETRY, replace(last, told=None)], [done, last]):
+        assert any("finished twice" in text for text in judge(replace(GOOD, runs=runs)).violations)
 
 
 def test_who_was_frozen_for_a_moment_is_not_excused() -> None:

@@ -44,6 +44,8 @@ class Run:
     """When the worker began to tell the database."""
     told: float | None = None
     """When the database had confirmed that."""
+    gave_up: float | None = None
+    """When it got an error instead."""
     outcome: str | None = None
     """What it told: a status, or retried."""
     deletes: bool = False
@@ -60,6 +62,15 @@ class Run:
     def over(self) -> float:
         """When nobody worked on it any more."""
         return self.life.ended_at if self.ended is None else self.ended
+
+    def told_at(self, at: float) -> bool:
+        """Whether its worker was telling the database then."""
+        return self.telling is not None and self.telling <= at <= self.told_until
+
+    @property
+    def told_until(self) -> float:
+        """When the worker ceased to tell the database."""
+        return self.told or self.gave_up or self.life.ended_at
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Evidence:
     """Of the jobs that are in the database."""
     rescues: Sequence[Rescue] = ()
     events: Sequence[Event] = ()
-    """Those of a job in their true order. The time of each is when its transaction began, which may have waited then."""
+    """Those of a job in their true order; the time is when the transaction began, which may have waited then."""
     pauses: Sequence[Pause] = ()
     swept: Counter[str] = field(default_factory=Counter)
     """What the rows of `sweeps` count: retried, failed, aborted."""
@@ -179,6 +190,8 @@ def _note(run: Run, line: dict[str, Any]) -> None:
             run.telling, run.outcome = line["at"], "retried"
         case "finished" | "retried":
             run.told = line["at"]
+        case "not told":
+            run.gave_up = line["at"]
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -196,6 +209,7 @@ def judge(evidence: Evidence) -> Verdict:
     _judge_ends(evidence, runs, verdict)
     _judge_rescues(evidence, runs, verdict)
     _judge_patience(evidence, runs, verdict)
+    _judge_attempts(evidence, runs, verdict)
     _judge_ledger(evidence, runs, verdict)
     _judge_overlaps(evidence, runs, verdict)
     return verdict
@@ -215,7 +229,8 @@ def _judge_ends(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict
             verdict.violations.append(f"job {job} is lost: {_story(runs[job])}")
         finished = [run for run in runs[job] if run.told is not None and run.outcome != "retried"]
         if len(finished) > 1:
-            _blame(evidence, verdict, f"job {job} was finished twice: {_story(runs[job])}", "finished twice", runs[job])
+            text = f"job {job} was finished twice: {_story(runs[job])}"
+            _blame(evidence, verdict, text, "finished twice", finished[:-1])
         for attempts, times in Counter(run.attempts for run in runs[job]).items():
             if times > 1:
                 verdict.violations.append(f"attempt {attempts} of job {job} was run {times} times: {_story(runs[job])}")
@@ -240,7 +255,7 @@ def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verd
             text = f"{rescue} robbed a living worker: {_story(runs[rescue.job])}"
             if run.over > rescue.at:
                 _blame(evidence, verdict, text, "rescued while it ran", [run], rescue.at)
-            elif run.told is not None and run.told > rescue.at:
+            elif run.told_at(rescue.at):
                 _blame(evidence, verdict, text, "rescued while its worker told of its end", [run], rescue.at)
             elif run.ended is not None:
                 verdict.figures["rescues of runs that had ended, which the database was never told"] += 1
@@ -267,32 +282,35 @@ def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
             verdict.violations.append(f"{rescue} came in a pause: {_story(runs[rescue.job])}")
 
 
+def _judge_attempts(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
+    """Each rescue is of the last fetch before it, and of no other one. Whatever ends an attempt adds one to attempts."""
+    started: Counter[int] = Counter()
+    attempts: dict[Event, int] = {}
+    for event in evidence.events:
+        attempts[event] = started[event.job] - 1
+        started[event.job] += event.type == "started"
+    for rescue in evidence.rescues:
+        if attempts.get(_event(rescue), rescue.attempts) != rescue.attempts:
+            verdict.violations.append(f"{rescue} is not of the last fetch before it: {_story(runs[rescue.job])}")
+
+
 def _judge_ledger(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """Each rescue has its event, each change that no worker made has its rescue, and sweeps count what they did."""
     events = Counter(evidence.events)
     ours = Counter(map(_event, evidence.rescues))
     for event, times in ours.items():
         if (times, events[event]) != (1, 1):
-            verdict.violations.append(f"{event} has {times} rescues and {events[event]} events: {_story(runs[event.job])}")
+            verdict.violations.append(
+                f"{event} has {times} rescues and {events[event]} events: {_story(runs[event.job])}"
+            )
     for (job, attempts), times in Counter((rescue.job, rescue.attempts) for rescue in evidence.rescues).items():
         if times > 1:
             verdict.violations.append(f"attempt {attempts} of job {job} was rescued {times} times: {_story(runs[job])}")
-    started: Counter[int] = Counter()
-    attempts_at: dict[Event, int] = {}
-    for event in evidence.events:
-        attempts_at[event] = started[event.job] - 1
-        started[event.job] += event.type == "started"
-    for rescue in evidence.rescues:
-        if attempts_at.get(_event(rescue), rescue.attempts) != rescue.attempts:
-            verdict.violations.append(f"{rescue} is not of the last fetch before it: {_story(runs[rescue.job])}")
     # A worker's retry of a job that is to be aborted makes it fail.
     outcomes = {"deferred_for_retry": {"retried"}, "failed": {"failed", "retried"}, "aborted": {"aborted"}}
     for event in events.keys() - ours.keys():
         told = [run for run in runs[event.job] if run.outcome in outcomes.get(event.type, ())]
-        by_a_worker = any(
-            run.telling <= event.at <= (run.told or run.life.ended_at) for run in told if run.telling is not None
-        )
-        if event.type in outcomes and not by_a_worker:
+        if event.type in outcomes and not any(run.told_at(event.at) for run in told):
             verdict.violations.append(f"{event} was made by no rescue and no worker: {_story(runs[event.job])}")
     done = Counter(rescue.action for rescue in evidence.rescues)
     if +evidence.swept != +done:
@@ -335,7 +353,7 @@ def _told_between(zombie: Run, first: Run, second: Run) -> bool:
     """Whether a former worker may have ended the first run in the database before the second one began."""
     if zombie.telling is None:
         return False
-    return zombie.telling < second.began and (zombie.told or zombie.life.ended_at) > first.began
+    return zombie.telling < second.began and zombie.told_until > first.began
 
 
 def _blame(
@@ -351,8 +369,7 @@ def _blame(
     That is what no query can see (docs/operations.md): it is excused and counted.
     """
     for run in runs:
-        end = run.life.ended_at if run.told is None else run.told
-        if run.life.frozen_between(run.began, min(before, end)) > evidence.heartbeat_timeout / 2:
+        if run.life.frozen_between(run.began, min(before, run.told_until)) > evidence.heartbeat_timeout / 2:
             verdict.excused[excuse] += 1
             return
     verdict.violations.append(text)
@@ -368,7 +385,7 @@ def _sentence(run: Run) -> str:
     return (
         f"worker {run.life.number} (ended {_second(run.life.ended_at)}, frozen {frozen or 'never'}) ran job {run.job} "
         f"attempt {run.attempts} from {_second(run.started)} to {_second(run.ended)}, "
-        f"told {run.outcome} {_second(run.telling)} to {_second(run.told)}"
+        f"told {run.outcome} {_second(run.telling)} to {_second(run.told)} (gave up {_second(run.gave_up)})"
     )
 
 

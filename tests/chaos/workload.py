@@ -8,7 +8,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from random import Random
 from typing import Any
@@ -33,6 +34,16 @@ def note(what: str, job: Job | None = None, **facts: object) -> None:
     if job is not None:
         line |= {"job": job.id, "attempts": job.attempts, "lock": job.lock}
     os.write(_diary, (json.dumps(line) + "\n").encode())
+
+
+@contextmanager
+def note_failure(what: str, job: Job | None = None) -> Iterator[None]:
+    """Note that a worker got an error, or was interrupted, where it told the database something."""
+    try:
+        yield
+    except BaseException:
+        note(what, job)
+        raise
 
 
 async def note_run(call_next: Callable[[], Awaitable[Any]], context: JobContext, _worker: Worker) -> Any:
@@ -61,7 +72,8 @@ class DiaryKeeper(JobManager):
 
     async def finish_job(self, job: Job, status: Status, delete_job: bool) -> None:
         note("finishing", job, status=status.value, deletes=delete_job)
-        await super().finish_job(job, status, delete_job)
+        with note_failure("not told", job):
+            await super().finish_job(job, status, delete_job)
         note("finished", job)
 
     async def retry_job(
@@ -73,7 +85,8 @@ class DiaryKeeper(JobManager):
         lock: str | None = None,
     ) -> None:
         note("retrying", job)
-        await super().retry_job(job, retry_at, priority, queue, lock)
+        with note_failure("not told", job):
+            await super().retry_job(job, retry_at, priority, queue, lock)
         note("retried", job)
 
 
