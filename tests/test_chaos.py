@@ -1,12 +1,14 @@
 """The schedule of a chaos run is that of its seed, and its oracle sees what it looks for."""
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.adversary import FAULTS, schedule
-from tests.chaos.oracle import Event, Evidence, Life, Pause, Rescue, Run, judge
+from tests.chaos.oracle import Event, Evidence, Life, Outage, Pause, Rescue, Run, judge, read_life
 
 LIVING = Life(1, ended_at=1000)
 KILLED = Life(2, ended_at=102, worker_id=22, beats=[(101, 101.1)])
@@ -31,6 +33,7 @@ EVENT = Event(7, "deferred_for_retry", 110)
 GOOD = Evidence(
     heartbeat_timeout=8,
     run_timeout=30,
+    outage_grace=16,
     deferred=[7],
     lives=[KILLED],
     runs=[LOST, RETRY],
@@ -102,6 +105,16 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
             ),
             "came too soon",
         ),
+        (replace(GOOD, outages=[Outage(103, 104)]), "came too soon after Outage"),
+        (
+            replace(
+                GOOD,
+                rescues=[replace(RESCUE, reason="orphaned")],
+                events=[STARTED, Event(7, "lost its worker", 101), EVENT],
+                outages=[Outage(103, 104)],
+            ),
+            "came too soon after Outage",
+        ),
         (replace(GOOD, rescues=[replace(RESCUE, reason="run_timeout")]), "came too soon"),
         (replace(GOOD, events=[]), "1 rescues and 0 events"),
         (replace(GOOD, events=[STARTED, EVENT, EVENT]), "1 rescues and 2 events"),
@@ -170,6 +183,24 @@ def test_who_was_frozen_in_a_run_that_finished_nothing_or_last_does_not_excuse_t
 
     for runs in ([done, RETRY, replace(last, told=None)], [done, last]):
         assert any("finished twice" in text for text in judge(replace(GOOD, runs=runs)).violations)
+
+
+def test_an_outage_long_ago_or_before_the_worker_may_have_been_heard_demands_nothing() -> None:
+    beaten = replace(KILLED, beats=[(101, 101.1)])
+    died_beating = replace(KILLED, ended_at=104, beats=[(101, 101.1)], unconfirmed=[(102, 104)])
+
+    for life, outage in ((beaten, Outage(93, 95)), (beaten, Outage(100, 101)), (died_beating, Outage(103, 103.5))):
+        assert judge(replace(GOOD, lives=[life], outages=[outage])).violations == []
+
+
+def test_a_heartbeat_that_failed_or_that_its_worker_did_not_survive_may_have_been_heard(tmp_path: Path) -> None:
+    diary = tmp_path / "diary"
+    notes = [(1, "beating"), (2, "beat"), (2, "registered"), (3, "beating"), (4, "not beaten"), (5, "beating")]
+    diary.write_text("".join(json.dumps({"at": at, "what": what, "id": 22}) + "\n" for at, what in notes))
+
+    life = read_life(diary, 1, 6, [])
+
+    assert (life.worker_id, life.beats, life.unconfirmed) == (22, [(1, 2)], [(3, 4), (5, 6)])
 
 
 def test_who_was_frozen_for_a_moment_is_not_excused() -> None:

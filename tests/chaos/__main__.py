@@ -153,6 +153,7 @@ def _judge(world: World) -> Verdict:
     evidence = Evidence(
         heartbeat_timeout=HEARTBEAT_TIMEOUT,
         run_timeout=RUN_TIMEOUT,
+        outage_grace=OUTAGE_GRACE,
         deferred=world.deferred,
         lives=lives,
         runs=[run for life, own in zip(world.lives, lives, strict=True) for run in read_diary(life.diary, own)],
@@ -175,6 +176,7 @@ def _judge(world: World) -> Verdict:
             )
         ],
         pauses=world.pauses,
+        outages=world.outages,
         swept=Counter(dict(zip(("retried", "failed", "aborted"), *swept, strict=True))),
     )
     verdict = judge(evidence)

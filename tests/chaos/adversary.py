@@ -11,12 +11,13 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from tests.chaos.oracle import Pause
+from tests.chaos.oracle import Outage, Pause
 from tests.chaos.workload import QUEUES
 from tests.chaos.world import HEARTBEAT_TIMEOUT, SWEEP, World
 from tests.wait import wait_until
 
 FIRST_FAULT = 5  # seconds, until the first workers run
+LONG_OUTAGE = HEARTBEAT_TIMEOUT + 1  # after which every worker has been silent for too long
 TABLES: tuple[LiteralString, ...] = (
     "procrastinate_jobs",
     "procrastinate_workers",
@@ -72,8 +73,20 @@ def crash(world: World, random: Random) -> None:
         backends = world.query(
             "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
         )
-        os.kill(random.choice(backends)[0], signal.SIGKILL)
-        wait_until(world.answers, "the server has recovered")
+        pid = random.choice(backends)[0]
+        since = time.time()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(partial(_has_recovered, world, since), "the server has recovered")
+        world.outages.append(Outage(since, time.time()))
+
+
+def _has_recovered(world: World, since: float) -> bool:
+    """Whether the server takes writes again; for a moment after the crash it still goes on."""
+    walwriter = "SELECT backend_start > to_timestamp(%s) FROM pg_stat_activity WHERE backend_type = 'walwriter'"
+    try:
+        return world.query(walwriter, since) == [(True,)]
+    except psycopg.OperationalError:
+        return False
 
 
 def restart_fast(world: World, random: Random) -> None:
@@ -87,9 +100,11 @@ def restart_immediate(world: World, random: Random) -> None:
 def _restart(world: World, random: Random, mode: str) -> None:
     with world.server_lock:
         world.primary.stop(mode)
-        time.sleep(random.uniform(0, 2))
+        time.sleep(random.choice([random.uniform(0, 2), LONG_OUTAGE]))
+        since = time.time()
         world.primary.start()
         wait_until(world.answers, "the server answers again")
+        world.outages.append(Outage(since, time.time()))
 
 
 def promote(world: World, _random: Random) -> None:
@@ -100,10 +115,12 @@ def promote(world: World, _random: Random) -> None:
         orphans = world.query("SELECT job_id, attempts, seen_at FROM procrastinate_stalled.orphans")
         wait_until(partial(_standby_follows, world), "the standby receives what the primary writes")
         world.primary.stop("fast")
+        since = time.time()
         standby.promote()
         world.primary = standby
         wait_until(world.answers, "the standby takes writes")
         world.promoted_at = time.time()
+        world.outages.append(Outage(since, world.promoted_at))
         world.count("orphans at the promotion", len(orphans))
         if world.query("SELECT * FROM procrastinate_stalled.rules ORDER BY name") != rules:
             world.errors.append("the rules are not those of before the promotion")

@@ -23,6 +23,8 @@ class Life:
     """None: it has not lived to know it."""
     beats: Sequence[tuple[float, float]] = ()
     """From when to when it told the database that it lives, each time that this was confirmed."""
+    unconfirmed: Sequence[tuple[float, float]] = ()
+    """The same of the other times: it may have been heard."""
 
     def frozen_between(self, begin: float, end: float) -> float:
         """For how many seconds of that time it was frozen."""
@@ -106,6 +108,14 @@ class Pause:
 
 
 @dataclass(frozen=True)
+class Outage:
+    """From before the end of a crash recovery, a start or a promotion until the server answered."""
+
+    since: float
+    until: float
+
+
+@dataclass(frozen=True)
 class Event:
     """A row of `procrastinate_events`, of jobs too that have been deleted since; or the loss of a worker."""
 
@@ -121,6 +131,7 @@ class Evidence:
     heartbeat_timeout: float
     """Seconds, as is:"""
     run_timeout: float
+    outage_grace: float
     deferred: Sequence[int]
     """The ids that the application got."""
     lives: Sequence[Life]
@@ -131,6 +142,7 @@ class Evidence:
     events: Sequence[Event] = ()
     """Those of a job in their true order; the time is when the transaction began, which may have waited then."""
     pauses: Sequence[Pause] = ()
+    outages: Sequence[Outage] = ()
     swept: Counter[str] = field(default_factory=Counter)
     """What the rows of `sweeps` count: retried, failed, aborted."""
 
@@ -147,7 +159,8 @@ class Verdict:
 
 def read_life(path: Path, number: int, ended_at: float, frozen: Sequence[tuple[float, float]]) -> Life:
     """Read from the diary of a worker what it was called, and when it told the database that it lives."""
-    worker_id, began, beats = None, 0.0, []
+    worker_id, began = None, 0.0  # 0: it is not telling
+    beats, unconfirmed = [], []
     for line in _lines(path):
         match line["what"]:
             case "registered":
@@ -156,7 +169,13 @@ def read_life(path: Path, number: int, ended_at: float, frozen: Sequence[tuple[f
                 began = line["at"]
             case "beat":
                 beats.append((began, line["at"]))
-    return Life(number, ended_at, frozen, worker_id, beats)
+                began = 0.0
+            case "not beaten":
+                unconfirmed.append((began, line["at"]))
+                began = 0.0
+    if began:
+        unconfirmed.append((began, ended_at))
+    return Life(number, ended_at, frozen, worker_id, beats, unconfirmed)
 
 
 def read_diary(path: Path, life: Life) -> Iterator[Run]:
@@ -209,6 +228,7 @@ def judge(evidence: Evidence) -> Verdict:
     _judge_ends(evidence, runs, verdict)
     _judge_rescues(evidence, runs, verdict)
     _judge_patience(evidence, runs, verdict)
+    _judge_grace(evidence, fetches, runs, verdict)
     _judge_attempts(evidence, runs, verdict)
     _judge_ledger(evidence, runs, verdict)
     _judge_overlaps(evidence, runs, verdict)
@@ -282,8 +302,26 @@ def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
             verdict.violations.append(f"{rescue} came in a pause: {_story(runs[rescue.job])}")
 
 
+def _judge_grace(
+    evidence: Evidence, fetches: dict[int, list[float]], runs: dict[int, list[Run]], verdict: Verdict
+) -> None:
+    """Who was not heard of since an outage has time to come back. An orphan was heard of when its job was fetched."""
+    lives = {life.worker_id: life for life in evidence.lives}
+    grace = max(evidence.heartbeat_timeout, evidence.outage_grace)
+    for rescue in evidence.rescues:
+        heard: list[float] = []  # at the latest
+        if rescue.reason == "heartbeat" and rescue.worker_id in lives:
+            life = lives[rescue.worker_id]
+            heard = [until for began, until in (*life.beats, *life.unconfirmed) if began < rescue.at]
+        elif rescue.reason == "orphaned":
+            heard = fetches[rescue.job][rescue.attempts : rescue.attempts + 1]
+        for outage in evidence.outages:
+            if heard and max(heard) < outage.since and outage.until < rescue.at < outage.since + grace:
+                verdict.violations.append(f"{rescue} came too soon after {outage}: {_story(runs[rescue.job])}")
+
+
 def _judge_attempts(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
-    """Each rescue is of the last fetch before it, and of no other one. Whatever ends an attempt adds one to attempts."""
+    """Each rescue is of the last fetch before it. Whatever ends an attempt adds one to attempts."""
     started: Counter[int] = Counter()
     attempts: dict[Event, int] = {}
     for event in evidence.events:

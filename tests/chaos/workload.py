@@ -67,7 +67,8 @@ class DiaryKeeper(JobManager):
 
     async def update_heartbeat(self, worker_id: int) -> None:
         note("beating")
-        await super().update_heartbeat(worker_id)
+        with note_failure("not beaten"):
+            await super().update_heartbeat(worker_id)
         note("beat")
 
     async def finish_job(self, job: Job, status: Status, delete_job: bool) -> None:

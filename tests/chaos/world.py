@@ -24,7 +24,7 @@ from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from psycopg.conninfo import make_conninfo
 
 from tests.chaos import workload
-from tests.chaos.oracle import Pause
+from tests.chaos.oracle import Outage, Pause
 from tests.server import FAST, PROJECT, Server
 from tests.wait import wait_until
 
@@ -94,6 +94,7 @@ class World:
     promoted_at: float | None = None
     lives: list[WorkerLife] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
+    outages: list[Outage] = field(default_factory=list)
     deferred: list[int] = field(default_factory=list)
     """The ids of the jobs that the database has confirmed."""
     counts: Counter[str] = field(default_factory=Counter)
