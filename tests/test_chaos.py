@@ -152,6 +152,11 @@ def test_the_oracle_sees(evidence: Evidence, violation: str) -> None:
     assert any(violation in text for text in judge(evidence).violations)
 
 
+def test_the_oracle_measures_how_long_a_job_waits_for_its_rescue_after_the_death_of_its_worker() -> None:
+    assert judge(GOOD).delays == [8]
+    assert judge(replace(GOOD, runs=[replace(LOST, life=LIVING, ended=109), RETRY])).delays == []
+
+
 def test_what_a_frozen_worker_suffers_is_excused_and_counted() -> None:
     verdict = judge(replace(GOOD, runs=[replace(LOST, life=FROZEN, ended=115.5), RETRY]))
 

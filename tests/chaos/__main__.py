@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from statistics import quantiles
 from typing import LiteralString
 
 import psycopg
@@ -268,6 +269,13 @@ def _report(world: World, minutes: float, verdict: Verdict) -> str:
     table("Also", dict(sorted(world.counts.items())) | dict(runs))
     table("Excused, because a worker was frozen for half of heartbeat_timeout or longer", verdict.excused)
     lines += ["", f"Workers: {len(world.lives)}. status() says: {detail}.", ""]
+    if len(verdict.delays) > 1:
+        hundredths = quantiles(verdict.delays, n=100, method="inclusive")
+        lines += [
+            f"From the death of a worker to the rescue of its job: median {hundredths[49]:.1f} s, "
+            f"99th percentile {hundredths[98]:.1f} s, longest {max(verdict.delays):.1f} s.",
+            "",
+        ]
     lines += [f"Violations: {len(verdict.violations)}", *(f"- {violation}" for violation in verdict.violations)]
     return "\n".join(lines)
 

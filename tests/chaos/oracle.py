@@ -155,6 +155,8 @@ class Verdict:
     excused: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     figures: Counter[str] = field(default_factory=Counter)
+    delays: list[float] = field(default_factory=list)
+    """Seconds from the death of a worker to the rescue of a job that it ran."""
 
 
 def read_life(path: Path, number: int, ended_at: float, frozen: Sequence[tuple[float, float]]) -> Life:
@@ -279,6 +281,8 @@ def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verd
                 _blame(evidence, verdict, text, "rescued while its worker told of its end", [run], rescue.at)
             elif run.ended is not None:
                 verdict.figures["rescues of runs that had ended, which the database was never told"] += 1
+            if run.life.ended_at < rescue.at:
+                verdict.delays.append(rescue.at - run.life.ended_at)
 
 
 def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
