@@ -72,17 +72,26 @@ def main() -> int:
 
     with ExitStack() as stack:
         world = stack.enter_context(_world(arguments.seed))
-        run(world, arguments.minutes * 60)
-        verdict = _judge(world)
-        print(_report(world, arguments.minutes, verdict))
-        if verdict.violations:
-            kept = PROJECT / "build" / "chaos" / f"seed-{arguments.seed}"
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(world.folder, kept)
-            for server in world.servers:
-                shutil.copy(server.folder / "log", kept / f"server-{server.port}.log")
-            print(f"The diaries and the logs are in {kept}.")
-    return 1 if verdict.violations else 0
+        is_good = False
+        try:
+            run(world, arguments.minutes * 60)
+            verdict = _judge(world)
+            print(_report(world, arguments.minutes, verdict))
+            is_good = not verdict.violations
+        finally:
+            if not is_good:
+                _keep(world)
+    return 0 if is_good else 1
+
+
+def _keep(world: World) -> None:
+    """Keep what tells of the run, for somebody who has to find out."""
+    kept = PROJECT / "build" / "chaos" / f"seed-{world.seed}"
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(world.folder, kept)
+    for server in world.servers:
+        shutil.copy(server.folder / "log", kept / f"server-{server.port}.log")
+    print(f"The faults, the diaries and the logs are in {kept}.")
 
 
 @contextmanager
@@ -270,12 +279,9 @@ def _report(world: World, minutes: float, verdict: Verdict) -> str:
     table("Excused, because a worker was frozen for half of heartbeat_timeout or longer", verdict.excused)
     lines += ["", f"Workers: {len(world.lives)}. status() says: {detail}.", ""]
     if len(verdict.delays) > 1:
-        hundredths = quantiles(verdict.delays, n=100, method="inclusive")
-        lines += [
-            f"From the death of a worker to the rescue of its job: median {hundredths[49]:.1f} s, "
-            f"99th percentile {hundredths[98]:.1f} s, longest {max(verdict.delays):.1f} s.",
-            "",
-        ]
+        cuts = quantiles(verdict.delays, n=100, method="inclusive")
+        delays = f"median {cuts[49]:.1f}, 99th percentile {cuts[98]:.1f}, longest {max(verdict.delays):.1f}"
+        lines += [f"Seconds from the death of a worker to the rescue of its job: {delays}.", ""]
     lines += [f"Violations: {len(verdict.violations)}", *(f"- {violation}" for violation in verdict.violations)]
     return "\n".join(lines)
 

@@ -1,5 +1,9 @@
-"""The faults of the chaos run. When which of them comes, and whom it picks, is a function of the seed alone."""
+"""The faults of the chaos run. When which of them comes, and the number it picks with, follow from the seed alone.
 
+Whom it picks among is what there is then, in real time. Each returns what it picked, for those who have to find out.
+"""
+
+import json
 import os
 import signal
 import time
@@ -39,22 +43,29 @@ class Fault:
     """What it picks with."""
 
 
-def kill(world: World, random: Random) -> None:
-    random.choice(world.living()).send(signal.SIGKILL)
+def kill(world: World, random: Random) -> str:
+    return _send(world, random, signal.SIGKILL)
 
 
-def terminate(world: World, random: Random) -> None:
-    random.choice(world.living()).send(signal.SIGTERM)
+def terminate(world: World, random: Random) -> str:
+    return _send(world, random, signal.SIGTERM)
 
 
-def terminate_twice(world: World, random: Random) -> None:
+def _send(world: World, random: Random, number: signal.Signals) -> str:
+    life = random.choice(world.living())
+    life.send(number)
+    return f"worker {life.number}"
+
+
+def terminate_twice(world: World, random: Random) -> str:
     life = random.choice(world.living())
     life.send(signal.SIGTERM)
     time.sleep(random.uniform(0, 0.5))
     life.send(signal.SIGTERM)
+    return f"worker {life.number}"
 
 
-def freeze(world: World, random: Random) -> None:
+def freeze(world: World, random: Random) -> str:
     """Stop a worker: for a moment, for long enough to be pruned, or for so long that its jobs are taken."""
     life = random.choice([life for life in world.living() if not life.is_frozen])
     seconds = random.choice([0.5, 1, 5, 20, 20])
@@ -65,9 +76,10 @@ def freeze(world: World, random: Random) -> None:
         life.send(signal.SIGCONT)
         life.is_frozen = False
         life.frozen.append((began, time.time()))
+    return f"worker {life.number} for {seconds} s"
 
 
-def crash(world: World, random: Random) -> None:
+def crash(world: World, random: Random) -> str:
     """End a random backend as the kernel does, after which the server ends all others and recovers."""
     with world.server_lock:
         backends = world.query(
@@ -78,6 +90,7 @@ def crash(world: World, random: Random) -> None:
         os.kill(pid, signal.SIGKILL)
         wait_until(partial(_has_recovered, world, since), "the server has recovered")
         world.outages.append(Outage(since, time.time()))
+    return f"backend {pid}"
 
 
 def _has_recovered(world: World, since: float) -> bool:
@@ -89,22 +102,24 @@ def _has_recovered(world: World, since: float) -> bool:
         return False
 
 
-def restart_fast(world: World, random: Random) -> None:
-    _restart(world, random, "fast")
+def restart_fast(world: World, random: Random) -> str:
+    return _restart(world, random, "fast")
 
 
-def restart_immediate(world: World, random: Random) -> None:
-    _restart(world, random, "immediate")
+def restart_immediate(world: World, random: Random) -> str:
+    return _restart(world, random, "immediate")
 
 
-def _restart(world: World, random: Random, mode: str) -> None:
+def _restart(world: World, random: Random, mode: str) -> str:
+    seconds = random.choice([random.uniform(0, 2), LONG_OUTAGE])
     with world.server_lock:
         world.primary.stop(mode)
-        time.sleep(random.choice([random.uniform(0, 2), LONG_OUTAGE]))
+        time.sleep(seconds)
         since = time.time()
         world.primary.start()
         wait_until(world.answers, "the server answers again")
         world.outages.append(Outage(since, time.time()))
+    return f"down for {seconds:.1f} s"
 
 
 def promote(world: World, _random: Random) -> None:
@@ -153,40 +168,43 @@ def sweep_on_standby(world: World, _random: Random) -> None:
         world.errors.append(f"a sweep on the standby said only: {messages}")
 
 
-def cut_connections(world: World, random: Random) -> None:
+def cut_connections(world: World, random: Random) -> str:
     with world.connect("adversary") as connection:
         backends = connection.execute(
             """
-            SELECT pid
+            SELECT pid, application_name
             FROM pg_stat_activity
             WHERE backend_type = 'client backend' AND application_name ~ '^(worker|sweep|application)'
             ORDER BY pid
             """
         ).fetchall()
-        for (pid,) in random.sample(backends, min(len(backends), random.randint(1, 4))):
+        picked = random.sample(backends, min(len(backends), random.randint(1, 4)))
+        for pid, _ in picked:
             connection.execute("SELECT pg_terminate_backend(%s)", [pid])
+    return ", ".join(name for _, name in picked)
 
 
 def cancel_sweeps(world: World, _random: Random) -> None:
     world.query("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE state = 'active' AND query = %s", SWEEP)
 
 
-def lock_tables(world: World, random: Random) -> None:
+def lock_tables(world: World, random: Random) -> str:
     mode = random.choice(["ACCESS EXCLUSIVE", "SHARE ROW EXCLUSIVE", "SHARE"])
-    _hold(world, random, f"LOCK TABLE {random.choice(TABLES)} IN {mode} MODE")
+    return _hold(world, random, f"LOCK TABLE {random.choice(TABLES)} IN {mode} MODE")
 
 
-def lock_rows(world: World, random: Random) -> None:
+def lock_rows(world: World, random: Random) -> str:
     rows = random.choice(["procrastinate_workers", "procrastinate_jobs WHERE status = 'doing'"])
-    _hold(world, random, f"SELECT FROM {rows} ORDER BY random() LIMIT 3 FOR UPDATE")
+    return _hold(world, random, f"SELECT FROM {rows} ORDER BY random() LIMIT 3 FOR UPDATE")
 
 
-def _hold(world: World, random: Random, statement: str) -> None:
+def _hold(world: World, random: Random, statement: str) -> str:
     with world.table_lock, world.connect("adversary") as connection:
         connection.execute("SET lock_timeout = '1s'")
         with connection.transaction(force_rollback=True):
             connection.execute(statement.encode())
             time.sleep(random.uniform(0.2, 2))
+    return statement
 
 
 def hold_snapshot(world: World, random: Random) -> None:
@@ -198,14 +216,16 @@ def hold_snapshot(world: World, random: Random) -> None:
             world.draining.wait(random.uniform(5, 20))
 
 
-def maintain(world: World, random: Random) -> None:
+def maintain(world: World, random: Random) -> str:
     command = random.choice(["VACUUM FULL", "VACUUM FULL", "REINDEX TABLE", "VACUUM ANALYZE"])
+    statement = f"{command} {random.choice(TABLES)}"
     with world.table_lock, world.connect("adversary") as connection:
         connection.execute("SET lock_timeout = '1s'")
-        connection.execute(f"{command} {random.choice(TABLES)}".encode())
+        connection.execute(statement.encode())
+    return statement
 
 
-def pause(world: World, random: Random) -> None:
+def pause(world: World, random: Random) -> str:
     queue, task_name = random.choice([(None, None), (QUEUES[0], None), (None, "tests.chaos.workload.function")])
     with world.rules_lock:
         world.query("SELECT procrastinate_stalled.pause('1 minute', %s, %s, 'chaos')", queue, task_name)
@@ -214,6 +234,7 @@ def pause(world: World, random: Random) -> None:
         wait_until(world.answers, "there is a server to end the pause")
         world.pauses.append(Pause(since, time.time(), queue, task_name))
         world.query("SELECT procrastinate_stalled.resume(%s, %s)", queue, task_name)
+    return f"queue {queue}, task {task_name}"
 
 
 RULES: list[dict[str, Any]] = [
@@ -227,7 +248,7 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-def change_rules(world: World, random: Random) -> None:
+def change_rules(world: World, random: Random) -> str:
     """Put another rule first, for a while or until the next one comes."""
     rule = {"heartbeat_timeout": f"{HEARTBEAT_TIMEOUT} seconds"} | random.choice(RULES)
     seconds = random.uniform(5, 20)
@@ -241,9 +262,10 @@ def change_rules(world: World, random: Random) -> None:
             """.encode(),
             [seconds, *rule.values()],
         )
+    return f"{rule} for {seconds:.1f} s"
 
 
-FAULTS: dict[str, Callable[[World, Random], None]] = {
+FAULTS: dict[str, Callable[[World, Random], str | None]] = {
     fault.__name__.replace("_", " "): fault
     for fault in (
         kill,
@@ -294,13 +316,20 @@ def schedule(seed: int, seconds: float) -> list[Fault]:
 
 
 def inflict(world: World, fault: Fault) -> None:
-    """Do it, and count it. While the server is down, some faults find nothing to harm."""
+    """Do it, count it, and write it down. While the server is down, some faults find nothing to harm."""
+    began, picked, end = time.time(), None, "done"
     try:
-        FAULTS[fault.kind](world, Random(fault.choice))
+        picked = FAULTS[fault.kind](world, Random(fault.choice))
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        end = repr(error)
         world.count(f"faults that failed by another one: {fault.kind} ({type(error).__name__})")
     except BaseException as error:
+        end = repr(error)
         world.errors.append(f"fault {fault} ended with {error!r}")
         raise
     else:
         world.count(f"fault: {fault.kind}")
+    finally:
+        line = {"began": began, "ended": time.time(), "kind": fault.kind, "picked": picked, "end": end}
+        with (world.folder / "faults.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
