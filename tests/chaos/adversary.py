@@ -118,7 +118,7 @@ def _restart(world: World, random: Random, mode: str) -> str:
         since = time.time()
         world.primary.start()
         wait_until(world.answers, "the server answers again")
-        world.outages.append(Outage(since, time.time()))
+        world.outages.append(Outage(since, since))
     return f"down for {seconds:.1f} s"
 
 
@@ -135,7 +135,7 @@ def promote(world: World, _random: Random) -> None:
         world.primary = standby
         wait_until(world.answers, "the standby takes writes")
         world.promoted_at = time.time()
-        world.outages.append(Outage(since, world.promoted_at))
+        world.outages.append(Outage(since, since))
         world.count("orphans at the promotion", len(orphans))
         if world.query("SELECT * FROM procrastinate_stalled.rules ORDER BY name") != rules:
             world.errors.append("the rules are not those of before the promotion")

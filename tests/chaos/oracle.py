@@ -109,7 +109,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Outage:
-    """From before the end of a crash recovery, a start or a promotion until the server answered."""
+    """A time before a server took writes again, and one after which no other did before it."""
 
     since: float
     until: float
