@@ -105,7 +105,7 @@ def test_a_job_that_is_rescued_from_a_dead_worker_is_no_violation() -> None:
             ),
             "came too soon",
         ),
-        (replace(GOOD, outages=[Outage(103, 104)]), "came too soon after Outage"),
+        (replace(GOOD, outages=[Outage(101.5, 104)]), "came too soon after Outage"),
         (
             replace(
                 GOOD,
@@ -190,12 +190,13 @@ def test_who_was_frozen_in_a_run_that_finished_nothing_or_last_does_not_excuse_t
         assert any("finished twice" in text for text in judge(replace(GOOD, runs=runs)).violations)
 
 
-def test_an_outage_long_ago_or_before_the_worker_may_have_been_heard_demands_nothing() -> None:
+def test_an_outage_long_ago_or_after_the_rescue_or_before_a_sign_of_life_demands_nothing() -> None:
     beaten = replace(KILLED, beats=[(101, 101.1)])
     died_beating = replace(KILLED, ended_at=104, beats=[(101, 101.1)], unconfirmed=[(102, 104)])
 
-    for life, outage in ((beaten, Outage(93, 95)), (beaten, Outage(100, 101)), (died_beating, Outage(103, 103.5))):
-        assert judge(replace(GOOD, lives=[life], outages=[outage])).violations == []
+    for outage in (Outage(93, 95), Outage(100, 101), Outage(109.9, 111)):
+        assert judge(replace(GOOD, lives=[beaten], outages=[outage])).violations == []
+    assert judge(replace(GOOD, lives=[died_beating], outages=[Outage(103, 103.5)])).violations == []
 
 
 def test_a_heartbeat_that_failed_or_that_its_worker_did_not_survive_may_have_been_heard(tmp_path: Path) -> None:
