@@ -181,13 +181,30 @@ def test_a_worker_that_has_given_up_telling_is_not_robbed() -> None:
     assert verdict.figures.total() == 1
 
 
-def test_who_was_frozen_in_a_run_that_finished_nothing_or_last_does_not_excuse_that_a_job_finished_twice() -> None:
-    done = replace(LOST, life=LIVING, ended=101, telling=101, told=101.1, outcome="failed")
-    frozen = Life(5, ended_at=1000, frozen=[(120, 130)])
-    last = replace(RETRY, attempts=2, life=frozen, started=119, ended=131, telling=131, told=131.1)
+def test_only_who_retried_a_job_after_its_end_and_was_frozen_excuses_that_it_was_finished_twice() -> None:
+    zombie = replace(LOST, life=FROZEN, ended=115.5, telling=115.5, told=115.6, outcome="retried")
+    again = replace(RETRY, attempts=3, started=117, ended=118, telling=118, told=118.1)
 
-    for runs in ([done, RETRY, replace(last, told=None)], [done, last]):
-        assert any("finished twice" in text for text in judge(replace(GOOD, runs=runs)).violations)
+    assert judge(replace(GOOD, runs=[zombie, RETRY, again])).excused["finished twice"] == 1
+    last = replace(again, life=Life(5, 1000, frozen=[(117, 125)]), ended=125, telling=125, told=125.1)
+    for run in (
+        replace(zombie, life=LIVING),
+        replace(zombie, telling=None, told=None, outcome=None),
+        replace(zombie, told=None, gave_up=112),
+    ):
+        violations = judge(replace(GOOD, runs=[run, RETRY, last])).violations
+        assert any("finished twice" in text for text in violations)
+
+
+def test_a_retry_after_the_end_of_a_job_adds_an_attempt_that_was_not_fetched() -> None:
+    events = [STARTED, Event(7, "failed", 100), Event(7, "retried", 100.5), STARTED, EVENT]
+    failed = replace(LOST, life=OTHER, ended=100, telling=99.95, told=100.1, outcome="failed")
+
+    verdict = judge(
+        replace(GOOD, runs=[failed, replace(LOST, attempts=2)], rescues=[replace(RESCUE, attempts=2)], events=events)
+    )
+
+    assert not any("last fetch" in text for text in verdict.violations)
 
 
 def test_an_outage_long_ago_or_after_the_rescue_or_before_a_sign_of_life_demands_nothing() -> None:

@@ -251,8 +251,10 @@ def _judge_ends(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict
             verdict.violations.append(f"job {job} is lost: {_story(runs[job])}")
         finished = [run for run in runs[job] if run.told is not None and run.outcome != "retried"]
         if len(finished) > 1:
-            text = f"job {job} was finished twice: {_story(runs[job])}"
-            _blame(evidence, verdict, text, "finished twice", finished[:-1])
+            first = min(run.told for run in finished if run.told is not None)
+            # Procrastinate lets a worker retry a job that has failed since.
+            zombies = [run for run in runs[job] if run.outcome == "retried" and run.told_until > first]
+            _blame(evidence, verdict, f"job {job} was finished twice: {_story(runs[job])}", "finished twice", zombies)
         for attempts, times in Counter(run.attempts for run in runs[job]).items():
             if times > 1:
                 verdict.violations.append(f"attempt {attempts} of job {job} was run {times} times: {_story(runs[job])}")
@@ -331,8 +333,10 @@ def _judge_attempts(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
     for event in evidence.events:
         attempts[event] = started[event.job] - 1
         started[event.job] += event.type == "started"
+    # When a former worker retries a job that has failed since, it adds one that was never fetched.
+    unclear = {event.job for event in evidence.events if event.type == "retried"}
     for rescue in evidence.rescues:
-        if attempts.get(_event(rescue), rescue.attempts) != rescue.attempts:
+        if rescue.job not in unclear and attempts.get(_event(rescue), rescue.attempts) != rescue.attempts:
             verdict.violations.append(f"{rescue} is not of the last fetch before it: {_story(runs[rescue.job])}")
 
 
