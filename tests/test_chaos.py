@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.adversary import FAULTS, schedule
-from tests.chaos.oracle import Event, Evidence, Life, Outage, Pause, Rescue, Run, judge, read_life
+from tests.chaos.oracle import Event, Evidence, Life, Outage, Pause, Rescue, Run, judge, read_diary, read_life
 
 LIVING = Life(1, ended_at=1000)
 KILLED = Life(2, ended_at=102, worker_id=22, beats=[(101, 101.1)])
@@ -224,6 +224,26 @@ def test_a_heartbeat_that_failed_or_that_its_worker_did_not_survive_may_have_bee
     life = read_life(diary, 1, 6, [])
 
     assert (life.worker_id, life.beats, life.unconfirmed) == (22, [(1, 2)], [(3, 4), (5, 6)])
+
+
+def test_a_fetch_that_waited_while_the_run_before_it_ended_is_no_overlap() -> None:
+    done = Run(LIVING, job=6, attempts=0, lock="a", started=103, ended=111, telling=111, told=113, outcome="succeeded")
+    events = [*GOOD.events, Event(7, "started", 110.5)]
+    runs = [done, LOST, replace(RETRY, started=113.1, ended=114, telling=114, told=114.1)]
+    evidence = replace(GOOD, deferred=[6, 7], statuses={6: "succeeded", 7: "succeeded"}, runs=runs, events=events)
+
+    assert judge(evidence).violations == []
+
+
+def test_the_diary_says_when_a_worker_failed_to_tell_of_the_end_of_a_run(tmp_path: Path) -> None:
+    diary = tmp_path / "diary"
+    notes = [(1, "started"), (2, "ended"), (3, "retrying"), (4, "not told")]
+    line = {"job": 7, "attempts": 0, "lock": None}
+    diary.write_text("".join(json.dumps({"at": at, "what": what} | line) + "\n" for at, what in notes))
+
+    (run,) = read_diary(diary, LIVING)
+
+    assert (run.ended, run.telling, run.told, run.gave_up, run.outcome) == (2, 3, None, 4, "retried")
 
 
 def test_who_was_frozen_for_a_moment_is_not_excused() -> None:

@@ -388,10 +388,10 @@ def _judge_overlaps(evidence: Evidence, runs: dict[int, list[Run]], verdict: Ver
 
 
 def _overlaps(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
-    """Pairs of runs, by their start, of which the second began before the first was over."""
+    """Pairs of runs that ran at once, that of the first fetch first. A fetch may have waited before it got a job."""
     for number, first in enumerate(runs):
         for second in runs[number + 1 :]:
-            if second.began < first.over:
+            if second.started < first.over and first.started < second.over:
                 yield first, second
 
 
