@@ -226,6 +226,12 @@ def test_a_heartbeat_that_failed_or_that_its_worker_did_not_survive_may_have_bee
     assert (life.worker_id, life.beats, life.unconfirmed) == (22, [(1, 2)], [(3, 4), (5, 6)])
 
 
+def test_a_fetch_that_waited_for_the_rescue_is_not_that_of_the_rescued_run() -> None:
+    slow = replace(GOOD, rescues=[replace(RESCUE, reason="run_timeout")], run_timeout=10)
+
+    assert judge(replace(slow, events=[*GOOD.events, Event(7, "started", 109.9)])).violations == []
+
+
 def test_a_fetch_that_waited_while_the_run_before_it_ended_is_no_overlap() -> None:
     done = Run(LIVING, job=6, attempts=0, lock="a", started=103, ended=111, telling=111, told=113, outcome="succeeded")
     events = [*GOOD.events, Event(7, "started", 110.5)]

@@ -124,6 +124,10 @@ class Event:
     at: float
 
 
+Before = dict[Event, dict[str, list[float]]]
+"""Of each event the times of the earlier ones of its job, by type."""
+
+
 @dataclass
 class Evidence:
     """All that the oracle judges."""
@@ -229,12 +233,23 @@ def judge(evidence: Evidence) -> Verdict:
         runs[run.job].append(run)
     _judge_ends(evidence, runs, verdict)
     _judge_rescues(evidence, runs, verdict)
-    _judge_patience(evidence, runs, verdict)
-    _judge_grace(evidence, fetches, runs, verdict)
-    _judge_attempts(evidence, runs, verdict)
+    before = _before(evidence.events)
+    _judge_patience(evidence, before, runs, verdict)
+    _judge_grace(evidence, before, runs, verdict)
+    _judge_attempts(evidence, before, runs, verdict)
     _judge_ledger(evidence, runs, verdict)
     _judge_overlaps(evidence, runs, verdict)
     return verdict
+
+
+def _before(events: Iterable[Event]) -> Before:
+    """The times of the earlier events of the job, for each event, by type. The order says which these are."""
+    before: Before = {}
+    times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for event in events:
+        before[event] = {event_type: [*at] for event_type, at in times[event.job].items()}
+        times[event.job][event.type].append(event.at)
+    return before
 
 
 def _judge_ends(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
@@ -287,30 +302,26 @@ def _judge_rescues(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verd
                 verdict.delays.append(rescue.at - run.life.ended_at)
 
 
-def _judge_patience(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
+def _judge_patience(evidence: Evidence, before: Before, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """No rescue comes before its time, be its worker dead or alive."""
-    times: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for event in evidence.events:
-        times[event.job, event.type].append(event.at)
     beats = {life.worker_id: life.beats for life in evidence.lives}
     for rescue in evidence.rescues:
+        times = before.get(_event(rescue), {})
         patience = evidence.heartbeat_timeout
         match rescue.reason:
             case "heartbeat":
                 since = [began for began, confirmed in beats.get(rescue.worker_id, ()) if confirmed < rescue.at]
             case "orphaned":
-                since = times[rescue.job, "lost its worker"]
+                since = times.get("lost its worker", [])[-1:]
             case _:
-                since, patience = times[rescue.job, "started"], evidence.run_timeout
-        if rescue.at < max((at for at in since if at < rescue.at), default=inf) + patience:
+                since, patience = times.get("started", [])[-1:], evidence.run_timeout
+        if rescue.at < max(since, default=inf) + patience:
             verdict.violations.append(f"{rescue} came too soon: {_story(runs[rescue.job])}")
         if any(pause.covers(rescue) for pause in evidence.pauses):
             verdict.violations.append(f"{rescue} came in a pause: {_story(runs[rescue.job])}")
 
 
-def _judge_grace(
-    evidence: Evidence, fetches: dict[int, list[float]], runs: dict[int, list[Run]], verdict: Verdict
-) -> None:
+def _judge_grace(evidence: Evidence, before: Before, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """Who was not heard of since an outage has time to come back. An orphan was heard of when its job was fetched."""
     lives = {life.worker_id: life for life in evidence.lives}
     grace = max(evidence.heartbeat_timeout, evidence.outage_grace)
@@ -320,23 +331,18 @@ def _judge_grace(
             life = lives[rescue.worker_id]
             heard = [until for began, until in (*life.beats, *life.unconfirmed) if began < rescue.at]
         elif rescue.reason == "orphaned":
-            heard = fetches[rescue.job][rescue.attempts : rescue.attempts + 1]
+            heard = before.get(_event(rescue), {}).get("started", [])[-1:]
         for outage in evidence.outages:
             if heard and max(heard) < outage.since and outage.until < rescue.at < outage.since + grace:
                 verdict.violations.append(f"{rescue} came too soon after {outage}: {_story(runs[rescue.job])}")
 
 
-def _judge_attempts(evidence: Evidence, runs: dict[int, list[Run]], verdict: Verdict) -> None:
+def _judge_attempts(evidence: Evidence, before: Before, runs: dict[int, list[Run]], verdict: Verdict) -> None:
     """Each rescue is of the last fetch before it. Whatever ends an attempt adds one to attempts."""
-    started: Counter[int] = Counter()
-    attempts: dict[Event, int] = {}
-    for event in evidence.events:
-        attempts[event] = started[event.job] - 1
-        started[event.job] += event.type == "started"
-    # When a former worker retries a job that has failed since, it adds one that was never fetched.
-    unclear = {event.job for event in evidence.events if event.type == "retried"}
     for rescue in evidence.rescues:
-        if rescue.job not in unclear and attempts.get(_event(rescue), rescue.attempts) != rescue.attempts:
+        times = before.get(_event(rescue), {})
+        # A former worker that retries a job that has failed since adds an attempt that was never fetched.
+        if "retried" not in times and len(times.get("started", ())) != rescue.attempts + 1:
             verdict.violations.append(f"{rescue} is not of the last fetch before it: {_story(runs[rescue.job])}")
 
 
