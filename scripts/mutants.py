@@ -266,6 +266,27 @@ MUTANTS = [
         "evidence explain",
     ),
     Mutant(
+        "Hold: that time is theirs, however rare the sweeps are",
+        JUDGEMENT,
+        "coalesce((\n                            SELECT max(earlier.started_at)",
+        "coalesce(now() - rule.heartbeat_timeout, (\n                            SELECT max(earlier.started_at)",
+        "evidence explain",
+    ),
+    Mutant(
+        "Hold: the sweeps that tell of it are kept",
+        SWEEP,
+        "(SELECT max(heartbeat_timeout) FROM procrastinate_stalled.rules)",
+        "interval '0'",
+        "sweep history",
+    ),
+    Mutant(
+        "Clock: a sweep of the future holds nothing",
+        JUDGEMENT,
+        "                        AND sweep.started_at <= clock_timestamp() -- of a clock that was wrong\n",
+        "",
+        "evidence explain",
+    ),
+    Mutant(
         "Outage: the down time of the server is forgiven",
         JUDGEMENT,
         "                   END THEN survivors_forgiven_until\n",
@@ -285,6 +306,20 @@ MUTANTS = [
         "WHEN worker_id IS NULL THEN coalesce(seen_at, now())",
         "WHEN worker_id IS NULL THEN coalesce(seen_at, 'epoch')",
         "orphans evidence",
+    ),
+    Mutant(
+        "Orphans: dated by the clock, not by the start of a long transaction",
+        "sql/20_tables.sql",
+        "seen_at timestamp with time zone NOT NULL DEFAULT clock_timestamp()",
+        "seen_at timestamp with time zone NOT NULL DEFAULT now()",
+        "orphans",
+    ),
+    Mutant(
+        "Orphans: one that was seen in the future is dated anew",
+        RESCUE,
+        "            OR orphan.seen_at > clock_timestamp();",
+        "            ;",
+        "orphans",
     ),
     Mutant(
         "Orphans: a later run is dated anew",
