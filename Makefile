@@ -16,7 +16,7 @@ demo: prepare ## Lose a worker to SIGKILL and see its job rescued by PostgreSQL 
 test: prepare ## Run the tests; a part of them with ARGS="-k queueing_lock"
 	@$(BIN)/pytest -n 6 --dist worksteal $(ARGS)
 
-test-slow: prepare ## Run the tests that take minutes: a million stalled jobs, a pg_cron that cannot connect
+test-slow: prepare ## Run the tests that take minutes: a million jobs, 1,512 orders of three sessions, a pg_cron that cannot connect
 	@$(BIN)/pytest -m slow $(ARGS)
 
 test-matrix: prepare ## Run the tests of the SQL on all versions; a part with CELLS="18x3.10.0 14"

@@ -53,8 +53,6 @@ LEFT_OUT = {
     "tests/test_cron_database.py::test_a_restored_copy_is_not_swept_until_it_is_asked_for": RUNS,
     "tests/test_resource_limits.py"
     "::test_pg_cron_that_cannot_connect_writes_that_down_and_sweeps_in_the_next_minute_in_which_it_can": RUNS,
-    "tests/test_interleavings.py::test_sessions_leave_what_they_leave_when_they_follow_each_other"
-    "[sweep, finish, fetch: 756 orders]": "takes long; three sessions meet in other orders too",
     "tests/test_cron_database.py::test_a_role_that_may_not_see_where_pg_cron_lives_is_told_how_to_learn_it": (
         "the fake pg_cron cannot hide cron.database_name"
     ),

@@ -41,7 +41,7 @@ PASSES_OVER = {SWEEP, RESCUE, FETCH, *Point}
 sweep = Session("sweep", (SWEEP, *Point))
 # At the point that is left out nobody can write `rescues`, and a sweep has no lock_timeout.
 sweep_with_its_timeout = Session("sweep", tuple(step for step in sweep.steps if step is not Point.AFTER_WORKER_LOCK))
-# Three sessions have 210 orders with these points, and 756 with all. The pairs have all.
+# Three sessions have 210 orders with these points, and 756 with all, which are slow. The pairs have all.
 sweep_with_fewer_points = Session("sweep", (SWEEP, Point.AFTER_WORKER_LOCK, Point.WITHIN_UPDATE))
 rescue = Session("rescue", (RESCUE, "COMMIT"))
 rescue_in_vain = Session("rescue in vain", (RESCUE, "ROLLBACK"))
@@ -122,6 +122,7 @@ class Case:
         return f"{names}{' beside a sibling' * self.sibling}{' on an orphan' * self.orphan}: {number} orders"
 
 
+BESIDE_ANOTHER = [(finish, fetch), (prune, delete)]
 CASES = [
     *(Case(pair) for pair in product([rescue, rescue_in_vain, sweep, retry_job], ACTS)),
     *(Case(pair, sibling=True) for pair in product([rescue, sweep], BESIDE_A_SIBLING)),
@@ -133,9 +134,9 @@ CASES = [
     Case((rescue, finish, fetch)),
     Case((rescue, prune, defer)),
     Case((rescue, retry, abort)),
-    Case((sweep, finish, fetch)),
-    Case((sweep_with_fewer_points, prune, delete)),
+    *(Case((sweep_with_fewer_points, *others)) for others in BESIDE_ANOTHER),
 ]
+SLOW_CASES = [Case((sweep, *others)) for others in BESIDE_ANOTHER]
 
 WRITES = {"retried": "deferred_for_retry", "failed": "failed", "aborted": "aborted"}
 """The event of a rescue, by its action."""
@@ -342,7 +343,9 @@ def check_the_others(connection: Connection, scene: Scene) -> None:
         ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str
+)
 def test_sessions_leave_what_they_leave_when_they_follow_each_other(
     case: Case, connect: Connect, connection: Connection
 ) -> None:
