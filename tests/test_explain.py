@@ -25,6 +25,7 @@ from tests.jobs import (
     rows,
     update_job,
 )
+from tests.procrastinate_release import RELEASE
 from tests.random_databases import QUEUES, TASKS, RandomDatabase, nights, with_examples
 
 MINUTE = 60
@@ -593,7 +594,7 @@ def test_of_a_scheduled_job_it_is_told_when_it_is_due(noon: Connection) -> None:
 
 
 def test_of_a_job_whose_lock_another_one_holds_that_one_is_named(noon: Connection) -> None:
-    first, running, job = (add_job(noon, "todo", lock="lock") for _ in range(3))
+    running, first, job = (add_job(noon, "todo", lock="lock") for _ in range(3))
     update_job(noon, running, status="doing")
     (row,) = rows(noon, "SELECT now() + interval '1 hour' AS later")
     holder = f"job {running} in doing has its lock: see explain_job({running})"
@@ -625,11 +626,13 @@ def test_of_a_job_that_another_one_with_its_lock_precedes_that_one_is_named(
     ids = [add_job(transaction, "todo", lock="lock") for _ in range(2)]
     first, job = ids if is_older else reversed(ids)
     update_job(transaction, first, **other)
+    is_named = comes_first[is_older] and (RELEASE >= (3, 4) or is_older)  # where that is not sure, nothing is said
 
-    assert is_fetched(transaction, job) != comes_first[is_older]
+    if is_named or RELEASE >= (3, 4):
+        assert is_fetched(transaction, job) != is_named
     assert sentence_of(transaction, job) == (
         f"it waits in todo; job {first} in todo has its lock and comes first: see explain_job({first})"
-        if comes_first[is_older]
+        if is_named
         else "it waits in todo for a worker to fetch it: there is nothing to rescue"
     )
 

@@ -1725,7 +1725,7 @@ BEGIN
     END IF;
 
     -- As procrastinate_fetch_job_v2 does it: a job in doing keeps back all that have its lock, and one in todo, due or not,
-    -- those that come after it.
+    -- those that come after it: by priority since 3.3, before only by id. procrastinate_retry_job_v2 came with 3.4.
     SELECT CASE WHEN job.scheduled_at > now() THEN job.scheduled_at END AS scheduled_at,
            (
                SELECT other.id
@@ -1737,7 +1737,11 @@ BEGIN
                    FROM procrastinate_jobs AS other
                    WHERE other.lock = job.lock
                        AND other.status = 'todo'
-                       AND (other.priority > job.priority OR other.priority = job.priority AND other.id < job.id)
+                       AND other.priority >= job.priority
+                       AND (
+                           other.id < job.id
+                           OR (other.priority > job.priority AND to_regproc('procrastinate_retry_job_v2') IS NOT NULL)
+                       )
                    ORDER BY other.priority DESC, other.id
                    LIMIT 1
            ) AS first_id
