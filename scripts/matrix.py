@@ -53,6 +53,9 @@ LEFT_OUT = {
     "tests/test_cron_database.py::test_a_restored_copy_is_not_swept_until_it_is_asked_for": RUNS,
     "tests/test_resource_limits.py"
     "::test_pg_cron_that_cannot_connect_writes_that_down_and_sweeps_in_the_next_minute_in_which_it_can": RUNS,
+    "tests/test_bad_input.py::test_the_command_line_ends_with_a_documented_code_and_no_traceback": (
+        "what the command line prints"
+    ),
     "tests/test_cron_database.py::test_a_role_that_may_not_see_where_pg_cron_lives_is_told_how_to_learn_it": (
         "the fake pg_cron cannot hide cron.database_name"
     ),
