@@ -2689,8 +2689,8 @@ Arguments, all optional:
 Returns the rows of rescues that it wrote. Seconds are without regard to outages (settings.outage_grace), to whether any
 worker is alive, and to the rules' timeouts: right after a restart of the server they rob living workers that have not
 beaten yet. So give seconds only when you know that those workers are dead. With seconds too, the rules choose the
-action: a job whose rule is ignore, or that no rule matches, is not touched. A job that cannot be rescued does not stop it; a full disk does, after a hundred
-jobs in a row: see sweeps.waiting and sweeps.error.
+action: a job whose rule is ignore, or that no rule matches, is not touched. A job that cannot be rescued does not stop
+it; a full disk does, after a hundred jobs in a row: see sweeps.waiting and sweeps.error.
 Errors, after which nothing is changed: invalid_parameter_value, when seconds are zero, negative, NaN or above 100 years,
 or max_jobs is not positive; lock_not_available, when one of the tables is locked as a whole;
 read_only_sql_transaction.$$;
